@@ -1,0 +1,86 @@
+"""Every exception this package raises on purpose.
+
+::
+
+    OffloadError
+    +-- InvalidInputError (ValueError)         an argument that cannot be meant
+    +-- AlreadyOffloadedError (ValueError)     a module offloaded twice
+    +-- NotOffloadedError (ValueError)         an offloaded module was needed
+    +-- ClosedError (RuntimeError)             the owner was closed before
+    +-- MissingExtraError (ImportError)        an optional dependency is absent
+    +-- UnsupportedTensorError (TypeError)     a tensor that cannot be stored
+    +-- BudgetError (MemoryError)              it cannot fit, whatever leaves
+    +-- StorageError (OSError)                 the disk, or what lies on it
+        +-- NoSpaceError                       the disk is full, or would be
+        +-- FolderInUseError                   another process owns the folder
+        +-- OutputExistsError (FileExistsError)  the result's place is taken
+        +-- DamagedFileError (ValueError)      not what its format demands
+        +-- CheckpointError (ValueError)       a checkpoint that does not fit
+            +-- CheckpointMismatchError        names, shapes or dtypes differ
+
+Each also derives from the built-in that a caller would expect. A name that a mapping
+does not hold stays a plain :class:`KeyError`. A message says what was tried, what was
+found and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class OffloadError(Exception):
+    """Root of every exception that diskoffload raises on purpose."""
+
+
+class InvalidInputError(OffloadError, ValueError):
+    """An argument was refused before anything was done."""
+
+
+class AlreadyOffloadedError(OffloadError, ValueError):
+    """A module was offloaded although it already is."""
+
+
+class NotOffloadedError(OffloadError, ValueError):
+    """An offloaded module was needed and a plain one was given."""
+
+
+class ClosedError(OffloadError, RuntimeError):
+    """The object was closed; its held tensors stay readable, it takes no more."""
+
+
+class MissingExtraError(OffloadError, ImportError):
+    """A feature needs an optional dependency that is not installed."""
+
+
+class UnsupportedTensorError(OffloadError, TypeError):
+    """A tensor of a kind that cannot be stored; nothing was changed."""
+
+
+class BudgetError(OffloadError, MemoryError):
+    """Something is larger than every place that could hold it."""
+
+
+class StorageError(OffloadError, OSError):
+    """A file operation failed; the folder is left at its last good state."""
+
+
+class NoSpaceError(StorageError):
+    """The file system has not the room that is needed."""
+
+
+class FolderInUseError(StorageError):
+    """Another process owns the offload folder."""
+
+
+class OutputExistsError(StorageError, FileExistsError):
+    """The place where a result should go is taken."""
+
+
+class DamagedFileError(StorageError, ValueError):
+    """A file breaks the rules of its own format."""
+
+
+class CheckpointError(StorageError, ValueError):
+    """A checkpoint cannot be used."""
+
+
+class CheckpointMismatchError(CheckpointError):
+    """A checkpoint and a model name different tensors, shapes or dtypes."""
