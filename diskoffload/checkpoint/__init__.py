@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: opened where they lie, saved streaming."""

@@ -1,0 +1,1 @@
+"""Other libraries, each optional and each thin."""

@@ -1,0 +1,1 @@
+"""What is in memory now, who uses it, and who leaves first."""

@@ -1,0 +1,1 @@
+"""Bytes on disk: names, dtypes and shapes, nothing of modules."""

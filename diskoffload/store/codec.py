@@ -1,0 +1,93 @@
+"""Lossless compression of a tensor's bytes, in chunks that can be decoded one by one.
+
+A codec is found by the name that a file gives it. Chunks keep memory bounded: coding and
+decoding work on one chunk at a time, into a buffer that is reused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import zstandard
+
+from diskoffload.errors import DamagedFileError, InvalidInputError
+
+CHUNK_BYTES = 4 << 20
+
+
+class Codec(Protocol):
+    """Packs bytes and unpacks them, chunk by chunk; stateless and thread-safe."""
+
+    @property
+    def name(self) -> str:
+        """The word that stands for it in files."""
+
+    def pack(self, data: memoryview) -> Iterator[bytes]:
+        """Give the packed form of every chunk of ``data`` in order."""
+
+    def unpack_into(self, packed: bytes, target: memoryview, where: str) -> None:
+        """Decode one chunk that must fill ``target`` exactly; ``where`` is for messages."""
+
+
+@dataclass(frozen=True)
+class Zstd:
+    """zstandard at a level chosen for speed (https://github.com/facebook/zstd)."""
+
+    name: str = "zstd"
+    level: int = 1
+
+    def pack(self, data: memoryview) -> Iterator[bytes]:
+        """Give one zstd frame a chunk."""
+        compressor = zstandard.ZstdCompressor(level=self.level)
+        for start in range(0, len(data), CHUNK_BYTES):
+            yield compressor.compress(data[start : start + CHUNK_BYTES])
+
+    def unpack_into(self, packed: bytes, target: memoryview, where: str) -> None:
+        """Decode one frame.
+
+        Raises:
+            DamagedFileError: it is not a frame, or one of another size.
+        """
+        size = zstandard.frame_content_size(packed) if len(packed) >= 2 else -1
+        if size != len(target):
+            raise DamagedFileError(
+                f"{where}: a compressed chunk says it holds {size} bytes and "
+                f"{len(target)} are expected; the file is damaged, write it again"
+            )
+        try:
+            target[:] = zstandard.ZstdDecompressor().decompress(packed, len(target))
+        except zstandard.ZstdError as error:
+            raise DamagedFileError(
+                f"{where}: a compressed chunk cannot be decoded ({error}); "
+                "the file is damaged, write it again"
+            ) from error
+
+
+_CODECS: dict[str, Codec] = {"zstd": Zstd()}
+
+
+def codec_named(name: str, *, where: str | None = None) -> Codec:
+    """Find a codec.
+
+    Args:
+        name: its name.
+        where: the file that names it, or ``None`` when the user does.
+
+    Raises:
+        InvalidInputError: the user named one that does not exist.
+        DamagedFileError: a file did.
+    """
+    try:
+        return _CODECS[name]
+    except KeyError:
+        known = ", ".join(sorted(_CODECS))
+        if where is None:
+            raise InvalidInputError(
+                f"unknown compression {name!r}; use None or one of: {known}"
+            ) from None
+        raise DamagedFileError(
+            f"{where} is compressed with the unknown codec {name!r} (known: {known}); "
+            "a newer diskoffload may read it"
+        ) from None

@@ -1,0 +1,275 @@
+"""The header of a safetensors file: parsed, trusted in nothing, and built.
+
+A file is an 8-byte little-endian length, that many bytes of JSON (which may end in
+spaces), then the tensors' bytes without holes
+(https://github.com/huggingface/safetensors#format). Files come from anyone, so every
+number is checked against the file before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, NoReturn
+
+import torch
+
+from diskoffload.errors import DamagedFileError, UnsupportedTensorError
+
+LENGTH_BYTES = 8
+# The reference implementation's own bound on a header (safetensors' tensor.rs).
+MAX_HEADER_BYTES = 100_000_000
+# Vector loads of fp32 kernels give other bits at smaller alignments (measured).
+ALIGNMENT_BYTES = 64
+_MAX_DIMENSIONS = 64  # torch's own bound
+_METADATA_KEY = "__metadata__"
+FILLER_PREFIX = "__filler__."
+
+DTYPE_NAMES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+# Younger than the oldest torch we support.
+if hasattr(torch, "float8_e8m0fnu"):
+    DTYPE_NAMES[torch.float8_e8m0fnu] = "F8_E8M0"
+DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+# Packed below a byte: (stored dtype, elements per stored element). Read as raw bytes.
+_SUB_BYTE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+
+
+@dataclass(frozen=True)
+class StoredSpec:
+    """Where one tensor lies in its file, and what it is.
+
+    Attributes:
+        name: key in the file.
+        dtype: element type; ``torch.uint8`` for the types below one byte.
+        shape: sizes of the dimensions, row-major, in elements of ``dtype``.
+        offset: first byte, counted from the start of the file.
+        nbytes: length in bytes.
+        dtype_name: the file's own word for the type.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    dtype_name: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked header.
+
+    Attributes:
+        specs: the tensors by name, in the order of their bytes.
+        data_offset: where the tensors' bytes begin in the file.
+        file_bytes: length of the whole file.
+        metadata: the free strings of ``__metadata__``.
+    """
+
+    specs: dict[str, StoredSpec]
+    data_offset: int
+    file_bytes: int
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def header_length(prefix: bytes, file_bytes: int, file: str) -> int:
+    """Read the JSON's length from a file's first 8 bytes and check that it can be.
+
+    Raises:
+        DamagedFileError: the file is too short, or the length cannot be true.
+    """
+    if len(prefix) < LENGTH_BYTES:
+        _refuse(file, f"it has {file_bytes} bytes and a safetensors file has at least 8")
+    length = int.from_bytes(prefix[:LENGTH_BYTES], "little")
+    if length > MAX_HEADER_BYTES:
+        _refuse(file, f"its header claims {length} bytes, more than the format's 100 MB")
+    if length > file_bytes - LENGTH_BYTES:
+        _refuse(file, f"its header claims {length} bytes and the file has {file_bytes} in all")
+    return length
+
+
+def parse_header(raw: bytes, file_bytes: int, file: str) -> Header:
+    """Check a header's JSON and give what it says.
+
+    Args:
+        raw: the JSON, without the length before it.
+        file_bytes: length of the whole file.
+        file: its name, for messages.
+
+    Raises:
+        DamagedFileError: anything is not as the format demands; says what and where.
+    """
+    content = _parse_json(raw, file)
+    metadata = _check_metadata(content.pop(_METADATA_KEY, None), file)
+    data_offset = LENGTH_BYTES + len(raw)
+    specs = [_check_tensor(name, value, data_offset, file) for name, value in content.items()]
+    specs.sort(key=lambda spec: (spec.offset, spec.nbytes))
+    end = data_offset
+    for spec in specs:
+        if spec.offset != end:
+            kind = "overlaps the tensor before it" if spec.offset < end else "leaves a hole"
+            _refuse(file, f"tensor {spec.name!r} at byte {spec.offset} {kind} (expected {end})")
+        end += spec.nbytes
+    if end != file_bytes:
+        fault = "it was truncated" if end > file_bytes else "bytes follow the last tensor"
+        _refuse(file, f"its header describes {end} bytes and it has {file_bytes}: {fault}")
+    return Header({spec.name: spec for spec in specs}, data_offset, file_bytes, metadata)
+
+
+def _refuse(file: str, reason: str) -> NoReturn:
+    raise DamagedFileError(
+        f"{file} is not a valid safetensors file: {reason}; fetch or write it again"
+    )
+
+
+def _parse_json(raw: bytes, file: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            _refuse(file, f"its header has the key {twice!r} twice")
+        return made
+
+    if not raw.startswith(b"{"):
+        _refuse(file, "its header does not begin with '{'")
+    try:
+        content = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except RecursionError:
+        _refuse(file, "its header's JSON is nested too deeply")
+    except ValueError as error:
+        if isinstance(error, DamagedFileError):
+            raise
+        _refuse(file, f"its header is not JSON ({error})")
+    assert isinstance(content, dict)  # because it begins with '{'
+    return content
+
+
+def _check_metadata(value: Any, file: str) -> dict[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        _refuse(file, "its __metadata__ is not a table of strings")
+    return dict(value)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _check_tensor(name: str, value: Any, data_offset: int, file: str) -> StoredSpec:
+    if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
+        _refuse(file, f"tensor {name!r} lacks one of dtype, shape and data_offsets")
+    dtype_name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+        _refuse(file, f"tensor {name!r} has the shape {str(shape)[:80]}")
+    if len(shape) > _MAX_DIMENSIONS:
+        _refuse(file, f"tensor {name!r} has {len(shape)} dimensions")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        _refuse(file, f"tensor {name!r} has the data_offsets {str(offsets)[:80]}")
+    nbytes = offsets[1] - offsets[0]
+    dtype: torch.dtype | None
+    if dtype_name in _SUB_BYTE_BITS:
+        bits = prod(shape) * _SUB_BYTE_BITS[dtype_name]
+        if bits % 8:
+            _refuse(file, f"tensor {name!r} does not end at a byte")
+        dtype, shape = torch.uint8, [bits // 8]
+    else:
+        dtype = DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
+    if dtype is None:
+        _refuse(file, f"tensor {name!r} has the unknown dtype {str(dtype_name)[:40]!r}")
+    if prod(shape) * dtype.itemsize != nbytes:
+        _refuse(
+            file,
+            f"tensor {name!r} of dtype {dtype_name} and shape {shape} cannot take {nbytes} bytes",
+        )
+    return StoredSpec(name, dtype, tuple(shape), data_offset + offsets[0], nbytes, dtype_name)
+
+
+Planned = tuple[str, torch.dtype, tuple[int, ...]]
+"""A tensor to be written: its key in the file, dtype and shape."""
+
+
+def build_header(
+    tensors: Iterable[Planned], metadata: Mapping[str, str] | None = None, *, fill: bool = False
+) -> tuple[bytes, Header]:
+    """Plan a file: the bytes that come before the data, and where each tensor goes.
+
+    The data begins at a multiple of 64 bytes. Tensors are laid out in the given order
+    but for this: those whose length is a multiple of 64 bytes come first, so that they
+    stay aligned, and then the others from the largest element to the smallest, so that
+    each is at least aligned to its element (the format allows no padding between them).
+
+    Args:
+        tensors: what will be written.
+        metadata: free strings, stored beside them.
+        fill: align every tensor to 64 bytes, by filler tensors (``__filler__.N``) between
+            them; meant for offload folders, since a reader of a checkpoint would see them.
+
+    Raises:
+        UnsupportedTensorError: a dtype that safetensors does not know.
+    """
+    items = list(tensors)
+    for name, dtype, _ in items:
+        if dtype not in DTYPE_NAMES:
+            raise UnsupportedTensorError(
+                f"cannot store {name!r}: safetensors has no dtype for {dtype}; "
+                "convert the tensor, or keep it in memory"
+            )
+    items.sort(key=_rank)
+    placed: list[tuple[Planned, int]] = []
+    start = 0
+    for number, item in enumerate(items):
+        gap = -start % ALIGNMENT_BYTES
+        if fill and gap:
+            placed.append(((f"{FILLER_PREFIX}{number}", torch.uint8, (gap,)), start))
+            start += gap
+        placed.append((item, start))
+        start += _nbytes(item)
+    content: dict[str, Any] = {_METADATA_KEY: dict(metadata)} if metadata else {}
+    for (name, dtype, shape), begin in placed:
+        content[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [begin, begin + _nbytes((name, dtype, shape))],
+        }
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    data_offset = -(-(LENGTH_BYTES + len(text)) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    text = text.ljust(data_offset - LENGTH_BYTES)
+    specs = {
+        item[0]: StoredSpec(*item, data_offset + begin, _nbytes(item), DTYPE_NAMES[item[1]])
+        for item, begin in placed
+    }
+    raw = len(text).to_bytes(LENGTH_BYTES, "little") + text
+    return raw, Header(specs, data_offset, data_offset + start, dict(metadata or {}))
+
+
+def _nbytes(item: Planned) -> int:
+    return prod(item[2]) * item[1].itemsize
+
+
+def _rank(item: Planned) -> tuple[bool, int]:
+    # Among the aligned the given order stays; sort() is stable.
+    ragged = _nbytes(item) % ALIGNMENT_BYTES != 0
+    return ragged, -item[1].itemsize if ragged else 0

@@ -1,0 +1,240 @@
+"""One safetensors file: read where it lies, or written from front to back."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from diskoffload.errors import DamagedFileError, StorageError
+from diskoffload.store.header import (
+    FILLER_PREFIX,
+    LENGTH_BYTES,
+    Planned,
+    StoredSpec,
+    build_header,
+    header_length,
+    parse_header,
+)
+from diskoffload.system.files import Files
+from diskoffload.system.memory import Memory, map_file
+
+_WRITE_STEP_BYTES = 8 << 20
+_WRITE_BEHIND_BYTES = 64 << 20
+
+
+class Shard:
+    """A safetensors file at rest, opened by one store.
+
+    The header is read once. The file is mapped at the first use, once and for good,
+    privately: writing to a tensor of it changes neither the file nor another store's view.
+
+    Attributes:
+        path: the file, as it was named.
+        header: what it holds.
+
+    Thread-safe. Tensors keep the mapping alive after the shard is gone.
+    """
+
+    def __init__(self, path: Path, files: Files) -> None:
+        """Open a file and check its header.
+
+        Raises:
+            StorageError: it cannot be opened or read.
+            DamagedFileError: it is not a valid safetensors file.
+        """
+        self.path = path
+        self._files = files
+        self._lock = threading.Lock()
+        self._memory: Memory | None = None
+        self._fd: int = -1
+        self._fd = files.open_for_reading(path)
+        nbytes = files.size_bytes(self._fd, path)
+        prefix = bytearray(min(LENGTH_BYTES, nbytes))
+        files.read_into(self._fd, memoryview(prefix), 0, path)
+        raw = bytearray(header_length(bytes(prefix), nbytes, str(path)))
+        files.read_into(self._fd, memoryview(raw), LENGTH_BYTES, path)
+        self.header = parse_header(bytes(raw), nbytes, str(path))
+        status = os.fstat(self._fd)
+        self._identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __repr__(self) -> str:
+        return f"Shard({str(self.path)!r}, {len(self.header.specs)} tensors)"
+
+    def check_unchanged(self) -> None:
+        """Raise :class:`DamagedFileError` if the file was changed since it was opened."""
+        status = os.fstat(self._fd)
+        now = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        if now != self._identity:
+            raise DamagedFileError(
+                f"{self.path} was changed while it was open (size {self._identity[2]} -> "
+                f"{now[2]} bytes): open it again, and do not write to a checkpoint in use"
+            )
+
+    @property
+    def memory(self) -> Memory:
+        """The file's private mapping, made at the first use."""
+        with self._lock:
+            if self._memory is None:
+                self.check_unchanged()  # a file that shrank would be SIGBUS at the first touch
+                self._memory = map_file(self._fd, self.header.file_bytes, str(self.path))
+            return self._memory
+
+    def mapped(self, spec: StoredSpec) -> torch.Tensor:
+        """Give a tensor that aliases the mapping; it costs no memory until it is touched."""
+        if spec.nbytes == 0:
+            return torch.empty(spec.shape, dtype=spec.dtype)
+        return self.memory.tensor(spec.dtype, spec.shape, spec.offset)
+
+    def read_into(self, spec: StoredSpec, target: memoryview, start: int = 0) -> None:
+        """Read bytes of a tensor, from its byte ``start`` on, into ``target``."""
+        self._files.read_into(self._fd, target, spec.offset + start, self.path)
+
+    def copy_to(self, spec: StoredSpec, writer: ShardWriter, name: str) -> None:
+        """Copy a tensor's bytes into a file being written, inside the kernel."""
+        self.check_unchanged()
+        writer.copy(name, self._fd, spec.offset)
+
+
+class ShardWriter:
+    """Writes one safetensors file whose tensors are known beforehand.
+
+    The header goes first, then the tensors in any order. The file appears under its name
+    only when :meth:`publish` has made it complete and durable; until then it has the name
+    with ``.partial`` after it. Leaving it as a context manager without publishing removes
+    what was written. Not thread-safe.
+
+    Attributes:
+        path: the final name.
+        header: where each tensor goes.
+        written_bytes: bytes written so far.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Iterable[Planned],
+        files: Files,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        fill: bool = False,
+    ) -> None:
+        """Create the file and write its header.
+
+        Raises:
+            UnsupportedTensorError: a dtype that safetensors does not know.
+            StorageError: the file cannot be created or written.
+        """
+        raw, self.header = build_header(tensors, metadata, fill=fill)
+        self.path = path
+        self.written_bytes = 0
+        self._files = files
+        self._partial = path.with_name(path.name + ".partial")
+        self._missing = {
+            name
+            for name, spec in self.header.specs.items()
+            if spec.nbytes and not name.startswith(FILLER_PREFIX)
+        }
+        self._since_flush_bytes = 0
+        self._fd = files.create(self._partial)
+        try:
+            self._put(memoryview(raw), 0)
+            files.set_size(self._fd, self.header.file_bytes, self._partial)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.abandon()
+
+    def _put(self, data: memoryview, offset: int) -> None:
+        self._files.write(self._fd, data, offset, self._partial)
+        self._account(len(data))
+
+    def _account(self, nbytes: int) -> None:
+        self.written_bytes += nbytes
+        self._since_flush_bytes += nbytes
+        if self._since_flush_bytes >= _WRITE_BEHIND_BYTES:
+            # Else a container's memory fills with dirty pages and the writer is throttled.
+            self._files.sync(self._fd, self._partial)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            self._since_flush_bytes = 0
+
+    def write_part(self, name: str, data: memoryview, start: int = 0) -> None:
+        """Write some bytes of a tensor, from its byte ``start`` on."""
+        offset = self.header.specs[name].offset + start
+        for begin in range(0, len(data), _WRITE_STEP_BYTES):
+            self._put(data[begin : begin + _WRITE_STEP_BYTES], offset + begin)
+
+    def write(self, name: str, data: memoryview) -> None:
+        """Write all of a tensor's bytes."""
+        spec = self.header.specs[name]
+        if len(data) != spec.nbytes:
+            raise StorageError(
+                f"cannot write {name!r} to {self.path}: {len(data)} bytes were given "
+                f"and {spec.nbytes} were planned"
+            )
+        self.write_part(name, data)
+        self._missing.discard(name)
+
+    def finish_parts(self, name: str) -> None:
+        """Say that a tensor written by :meth:`write_part` is complete."""
+        self._missing.discard(name)
+
+    def copy(self, name: str, source_fd: int, source_offset: int) -> None:
+        """Copy all of a tensor's bytes from another file, inside the kernel."""
+        spec = self.header.specs[name]
+        done = 0
+        while done < spec.nbytes:
+            step = min(_WRITE_BEHIND_BYTES, spec.nbytes - done)
+            self._files.copy_range(
+                source_fd, source_offset + done, self._fd, spec.offset + done, step, self._partial
+            )
+            self._account(step)
+            done += step
+        self._missing.discard(name)
+
+    def publish(self) -> Path:
+        """Make the file durable and give it its name; nothing may follow.
+
+        Raises:
+            StorageError: a planned tensor was never written, or the system refuses.
+        """
+        if self._missing:
+            raise StorageError(
+                f"cannot publish {self.path}: {len(self._missing)} of its tensors were not "
+                f"written, {sorted(self._missing)[0]!r} among them"
+            )
+        self._files.sync(self._fd, self._partial)
+        fd, self._fd = self._fd, -1
+        self._files.close(fd)
+        self._files.rename(self._partial, self.path)
+        self._files.sync_folder(self.path.parent)
+        return self.path
+
+    def abandon(self) -> None:
+        """Remove what was written, unless it was published."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            self._files.close(fd)
+            self._files.remove(self._partial)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """View a contiguous CPU tensor's bytes; the view keeps its memory alive."""
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    return flat.numpy().data.cast("B")

@@ -1,0 +1,269 @@
+"""Where one tensor's value comes from: a range of a file, or something made of ranges.
+
+Everything above the store sees a :class:`Stored`: it has a dtype and a shape, can fill a
+buffer, and, where the bytes in the file are the tensor's own, can be mapped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any, Protocol
+
+import torch
+
+from diskoffload.errors import DamagedFileError
+from diskoffload.store.codec import CHUNK_BYTES, codec_named
+from diskoffload.store.header import StoredSpec
+from diskoffload.store.recipe import Piece
+from diskoffload.store.shard import Shard, tensor_bytes
+from diskoffload.system.memory import empty
+
+ENCODING_KEY = "diskoffload.encoding"
+RAW = "raw"
+
+
+class Stored(Protocol):
+    """A tensor's value at rest. Never changes; thread-safe.
+
+    Attributes:
+        dtype: element type of the value.
+        shape: its shape.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of the value."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the value."""
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The files it is read from."""
+
+    def mapped(self) -> torch.Tensor | None:
+        """Give a tensor aliasing the file, or ``None`` where its bytes differ from the value."""
+
+    def load(self) -> torch.Tensor:
+        """Give the value in fresh memory of its own."""
+
+
+class ShardTensor:
+    """One tensor of one file, its bytes being its value."""
+
+    def __init__(self, shard: Shard, spec: StoredSpec) -> None:
+        self.shard = shard
+        self.spec = spec
+        self.dtype = spec.dtype
+        self.shape = spec.shape
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The one file."""
+        return (self.shard,)
+
+    def mapped(self) -> torch.Tensor | None:
+        """Alias the file, unless the tensor lies at an address its dtype cannot have."""
+        if self.spec.offset % self.dtype.itemsize:
+            return None
+        return self.shard.mapped(self.spec)
+
+    def load(self) -> torch.Tensor:
+        """Read the bytes into fresh memory."""
+        tensor = empty(self.dtype, self.shape)
+        self.shard.read_into(self.spec, tensor_bytes(tensor))
+        return tensor
+
+
+class EncodedTensor:
+    """One tensor of our own files whose bytes are packed, or of a type the format lacks."""
+
+    def __init__(self, shard: Shard, spec: StoredSpec, encoding: Mapping[str, Any]) -> None:
+        """Check what the file says of the tensor.
+
+        Raises:
+            DamagedFileError: it cannot be true.
+        """
+        self.shard = shard
+        self.spec = spec
+        where = f"{shard.path}, tensor {spec.name!r}"
+        try:
+            self.dtype = _dtype_named(encoding["dtype"])
+            self.shape = tuple(int(size) for size in encoding["shape"])
+            self.codec_name = str(encoding["codec"])
+            self.chunks = tuple(int(size) for size in encoding.get("chunks", (spec.nbytes,)))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedFileError(f"{where}: its encoding cannot be read ({error!r})") from error
+        self.nbytes = prod(self.shape) * self.dtype.itemsize
+        expected = -(-self.nbytes // CHUNK_BYTES)
+        raw = self.codec_name == RAW
+        if min((*self.shape, *self.chunks), default=0) < 0 or sum(self.chunks) != spec.nbytes:
+            raise DamagedFileError(f"{where}: its chunks do not add up to {spec.nbytes} bytes")
+        if (raw and spec.nbytes != self.nbytes) or (not raw and len(self.chunks) != expected):
+            raise DamagedFileError(f"{where}: its chunks do not give {self.nbytes} bytes")
+        if not raw:
+            self._codec = codec_named(self.codec_name, where=where)
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The one file."""
+        return (self.shard,)
+
+    def mapped(self) -> torch.Tensor | None:
+        """Alias the file where only the format's word for the dtype is lacking."""
+        if self.codec_name != RAW or self.spec.offset % self.dtype.itemsize:
+            return None
+        if self.nbytes == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return self.shard.memory.tensor(self.dtype, self.shape, self.spec.offset)
+
+    def load(self) -> torch.Tensor:
+        """Decode into fresh memory, a chunk at a time."""
+        tensor = empty(self.dtype, self.shape)
+        target = tensor_bytes(tensor)
+        if self.codec_name == RAW:
+            self.shard.read_into(self.spec, target)
+            return tensor
+        start = 0
+        for number, size in enumerate(self.chunks):
+            packed = bytearray(size)
+            self.shard.read_into(self.spec, memoryview(packed), start)
+            begin = number * CHUNK_BYTES
+            where = f"{self.shard.path}, tensor {self.spec.name!r}, chunk {number}"
+            self._codec.unpack_into(bytes(packed), target[begin : begin + CHUNK_BYTES], where)
+            start += size
+        return tensor
+
+
+class AssembledTensor:
+    """A tensor put together from pieces of stored ones, in their dtype."""
+
+    def __init__(
+        self,
+        pieces: Sequence[tuple[Piece, ShardTensor]],
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+    ) -> None:
+        self.pieces = tuple(pieces)
+        self.dtype = dtype
+        self.shape = shape
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The files of all pieces."""
+        return tuple(dict.fromkeys(source.shard for _, source in self.pieces))
+
+    def mapped(self) -> torch.Tensor | None:
+        """Answer ``None``: the pieces lie apart."""
+        return None
+
+    def load(self) -> torch.Tensor:
+        """Copy every piece from its mapping straight to its place, converting on the way."""
+        tensor = empty(self.dtype, self.shape)
+        for piece, source in self.pieces:
+            value = source.mapped()
+            if value is None:
+                value = source.load()
+            part = value[piece.region] if piece.region else value
+            if piece.permutation is not None:
+                part = part.permute(piece.permutation)
+            target = tensor[piece.target] if piece.target else tensor
+            target.copy_(part)
+        return tensor
+
+
+class CastTensor:
+    """A stored tensor read as another dtype."""
+
+    def __init__(self, inner: Stored, dtype: torch.dtype) -> None:
+        self.inner = inner
+        self.dtype = dtype
+        self.shape = inner.shape
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The files of the tensor that is converted."""
+        return self.inner.shards
+
+    def mapped(self) -> torch.Tensor | None:
+        """Answer ``None``: the bytes in the file are of another dtype."""
+        return None
+
+    def load(self) -> torch.Tensor:
+        """Convert into fresh memory."""
+        source = self.inner.mapped()
+        tensor = empty(self.dtype, self.shape)
+        return tensor.copy_(self.inner.load() if source is None else source)
+
+
+class StridedTensor:
+    """A stored tensor laid out in memory with strides of its own (a transposed weight)."""
+
+    def __init__(self, inner: Stored, strides: tuple[int, ...]) -> None:
+        self.inner = inner
+        self.dtype = inner.dtype
+        self.shape = inner.shape
+        self.strides = strides
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The files of the tensor that is laid out."""
+        return self.inner.shards
+
+    def mapped(self) -> torch.Tensor | None:
+        """Answer ``None``: files hold tensors row by row."""
+        return None
+
+    def load(self) -> torch.Tensor:
+        """Copy into fresh memory with the wanted strides."""
+        source = self.inner.mapped()
+        tensor = torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
+        return tensor.copy_(self.inner.load() if source is None else source)
+
+
+def _dtype_named(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"unknown dtype {name!r}")
+    return dtype
+
+
+def encoding_of(
+    dtype: torch.dtype, shape: tuple[int, ...], codec: str, chunks: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """Describe a tensor that is not stored as itself, for its file's metadata."""
+    described: dict[str, Any] = {
+        "codec": codec,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(shape),
+    }
+    if chunks is not None:
+        described["chunks"] = list(chunks)
+    return described
+
+
+def stored_tensors(shard: Shard) -> dict[str, ShardTensor | EncodedTensor]:
+    """List what a file holds, packed tensors as what they stand for.
+
+    Raises:
+        DamagedFileError: the file's description of its packed tensors cannot be true.
+    """
+    text = shard.header.metadata.get(ENCODING_KEY, "{}")
+    try:
+        encodings = json.loads(text)
+        if not isinstance(encodings, dict):
+            raise ValueError("not a table")
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(
+            f"{shard.path}: its metadata {ENCODING_KEY!r} cannot be read ({error}); "
+            "the file is damaged, write it again"
+        ) from error
+    return {
+        name: EncodedTensor(shard, spec, encodings[name])
+        if name in encodings
+        else ShardTensor(shard, spec)
+        for name, spec in shard.header.specs.items()
+    }

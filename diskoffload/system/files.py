@@ -1,0 +1,225 @@
+"""Files as the operating system gives them, behind one thin object.
+
+The store never calls ``os`` for a file itself. It calls a :class:`Files`, so that a test
+can hand it one that records, drops or reorders what is done.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from diskoffload.errors import FolderInUseError, NoSpaceError, StorageError
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows is not promised
+    fcntl = None  # type: ignore[assignment]
+
+_COPY_STEP_BYTES = 64 << 20
+_FALLBACK_STEP_BYTES = 8 << 20
+# What a file system without copy_file_range answers (copy_file_range(2), ERRORS).
+_CANNOT_COPY_IN_KERNEL = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+_MEMORY_FILE_SYSTEMS = {"tmpfs", "ramfs", "devtmpfs"}
+
+
+@contextmanager
+def naming_faults(action: str, path: Path | str) -> Iterator[None]:
+    """Turn an ``OSError`` of the body into one of ours, naming what was tried and where."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        code = error.errno or 0
+        reason = error.strerror or str(error)
+        if code in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpaceError(
+                code,
+                f"could not {action}: {reason}; free some space there and try again",
+                str(path),
+            ) from error
+        raise StorageError(code, f"could not {action}: {reason}", str(path)) from error
+
+
+class Files:
+    """The file operations that the store needs; stateless and thread-safe.
+
+    Every method raises :class:`~diskoffload.errors.StorageError` where the system refuses,
+    with the file's name and the system's own error number.
+    """
+
+    def open_for_reading(self, path: Path) -> int:
+        """Open an existing file; the caller closes the descriptor."""
+        with naming_faults("open the file", path):
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def create(self, path: Path) -> int:
+        """Create a file that must not exist yet, with the user's umask."""
+        with naming_faults("create the file", path):
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def close(self, fd: int) -> None:
+        """Close a descriptor."""
+        os.close(fd)
+
+    def size_bytes(self, fd: int, path: Path) -> int:
+        """Tell an open file's length."""
+        with naming_faults("ask for the size of the file", path):
+            return os.fstat(fd).st_size
+
+    def read_into(self, fd: int, target: memoryview, offset: int, path: Path) -> None:
+        """Fill ``target`` from ``offset`` on; a file that ends before is an error."""
+        done = 0
+        with naming_faults("read the file", path):
+            while done < len(target):
+                count = os.preadv(fd, [target[done:]], offset + done)
+                if count == 0:
+                    raise StorageError(
+                        errno.EIO,
+                        f"could not read {len(target)} bytes at offset {offset}: the file "
+                        f"ends after {done} of them; it was truncated since it was opened",
+                        str(path),
+                    )
+                done += count
+
+    def write(self, fd: int, data: memoryview, offset: int, path: Path) -> None:
+        """Write all of ``data`` at ``offset``."""
+        done = 0
+        with naming_faults("write the file", path):
+            while done < len(data):
+                done += os.pwrite(fd, data[done:], offset + done)
+
+    def set_size(self, fd: int, nbytes: int, path: Path) -> None:
+        """Give a file its final length; what is not written later reads as zeros."""
+        with naming_faults("set the size of the file", path):
+            os.ftruncate(fd, nbytes)
+
+    def copy_range(
+        self, source_fd: int, source_offset: int, fd: int, offset: int, nbytes: int, path: Path
+    ) -> None:
+        """Copy bytes between two files inside the kernel, or through a buffer where it can't."""
+        done = 0
+        with naming_faults("copy into the file", path):
+            while done < nbytes and hasattr(os, "copy_file_range"):
+                step = min(_COPY_STEP_BYTES, nbytes - done)
+                try:
+                    count = os.copy_file_range(
+                        source_fd, fd, step, source_offset + done, offset + done
+                    )
+                except OSError as error:
+                    if error.errno in _CANNOT_COPY_IN_KERNEL:
+                        break
+                    raise
+                if count == 0:
+                    break
+                done += count
+        buffer = memoryview(bytearray(min(_FALLBACK_STEP_BYTES, nbytes - done)))
+        while done < nbytes:
+            part = buffer[: min(len(buffer), nbytes - done)]
+            self.read_into(source_fd, part, source_offset + done, path)
+            self.write(fd, part, offset + done, path)
+            done += len(part)
+
+    def sync(self, fd: int, path: Path) -> None:
+        """Wait until a file's bytes are on the device."""
+        with naming_faults("sync the file", path):
+            os.fsync(fd)
+
+    def sync_folder(self, path: Path) -> None:
+        """Wait until a folder's entries are on the device."""
+        with naming_faults("sync the folder", path):
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Rename within one file system; an existing target file is replaced."""
+        with naming_faults(f"rename {source.name} to {target.name}", target):
+            os.rename(source, target)
+
+    def exchange(self, first: Path, second: Path) -> bool:
+        """Swap two names at one stroke; tell whether the system could."""
+        renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if renameat2 is None:
+            return False
+        arguments = (_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second))
+        return bool(renameat2(*arguments, ctypes.c_uint(_RENAME_EXCHANGE)) == 0)
+
+    def remove(self, path: Path) -> None:
+        """Remove one file; one that is gone already is fine."""
+        with naming_faults("remove the file", path):
+            path.unlink(missing_ok=True)
+
+    def make_folder(self, path: Path) -> bool:
+        """Make a folder and its parents; tell whether it was not there before."""
+        with naming_faults("make the folder", path):
+            existed = path.is_dir()
+            path.mkdir(parents=True, exist_ok=True)
+            return not existed
+
+    def remove_folder_if_empty(self, path: Path) -> None:
+        """Remove a folder unless something is left in it."""
+        try:
+            path.rmdir()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise StorageError(error.errno, f"could not remove the folder: {error}") from error
+
+    def lock(self, path: Path) -> int:
+        """Open and lock a file for this process alone; closing the descriptor frees it."""
+        with naming_faults("lock the folder", path):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                owner = os.pread(fd, 64, 0).decode("ascii", "replace").strip() or "unknown"
+                os.close(fd)
+                raise FolderInUseError(
+                    errno.EAGAIN,
+                    f"the folder is in use by another process (pid {owner}); "
+                    "wait for it to end, or name another offload_dir",
+                    str(path.parent),
+                ) from error
+            except BaseException:
+                os.close(fd)
+                raise
+            os.truncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode("ascii"), 0)
+            return fd
+
+
+def free_bytes(path: Path) -> int:
+    """Tell the free bytes of the file system that holds ``path`` or will hold it."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def memory_file_system(path: Path) -> str | None:
+    """Name the RAM-backed file system that ``path`` is or would be on, if it is on one."""
+    while not path.exists():
+        path = path.parent
+    path = path.resolve()
+    best: tuple[int, str] = (-1, "")
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+            for line in mounts:
+                left, _, right = line.partition(" - ")
+                point = left.split()[4].encode("latin-1", "ignore").decode("unicode_escape")
+                if path.is_relative_to(point) and len(point) >= best[0]:
+                    best = (len(point), right.split()[0])
+    except OSError:
+        return None
+    return best[1] if best[1] in _MEMORY_FILE_SYSTEMS else None
