@@ -35,6 +35,7 @@ class Shard:
     Attributes:
         path: the file, as it was named.
         header: what it holds.
+        owner: whatever must live as long as the file is in use.
 
     Thread-safe. Tensors keep the mapping alive after the shard is gone.
     """
@@ -47,6 +48,7 @@ class Shard:
             DamagedFileError: it is not a valid safetensors file.
         """
         self.path = path
+        self.owner: object = None
         self._files = files
         self._lock = threading.Lock()
         self._memory: Memory | None = None
@@ -108,7 +110,7 @@ class ShardWriter:
     """Writes one safetensors file whose tensors are known beforehand.
 
     The header goes first, then the tensors in any order. The file appears under its name
-    only when :meth:`publish` has made it complete and durable; until then it has the name
+    only when :meth:`publish` finds it complete; until then it has the name
     with ``.partial`` after it. Leaving it as a context manager without publishing removes
     what was written. Not thread-safe.
 
@@ -206,8 +208,12 @@ class ShardWriter:
             done += step
         self._missing.discard(name)
 
-    def publish(self) -> Path:
-        """Make the file durable and give it its name; nothing may follow.
+    def publish(self, *, durable: bool = True) -> Path:
+        """Give the complete file its name; nothing may follow.
+
+        Args:
+            durable: wait until file and name are on the device, as a result must; scratch
+                need not.
 
         Raises:
             StorageError: a planned tensor was never written, or the system refuses.
@@ -217,11 +223,13 @@ class ShardWriter:
                 f"cannot publish {self.path}: {len(self._missing)} of its tensors were not "
                 f"written, {sorted(self._missing)[0]!r} among them"
             )
-        self._files.sync(self._fd, self._partial)
+        if durable:
+            self._files.sync(self._fd, self._partial)
         fd, self._fd = self._fd, -1
         self._files.close(fd)
         self._files.rename(self._partial, self.path)
-        self._files.sync_folder(self.path.parent)
+        if durable:
+            self._files.sync_folder(self.path.parent)
         return self.path
 
     def abandon(self) -> None:

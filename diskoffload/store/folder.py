@@ -1,0 +1,151 @@
+"""One offload folder: where offloaded tensors are written to."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+import weakref
+from pathlib import Path
+
+import torch
+
+from diskoffload.errors import ClosedError, InvalidInputError
+from diskoffload.store.codec import codec_named
+from diskoffload.store.lock import Ownership
+from diskoffload.store.shard import Shard
+from diskoffload.store.writer import Ticket, Writer
+from diskoffload.system.files import Files, memory_file_system
+
+GROUP_BYTES = 256 << 20
+_log = logging.getLogger(__name__)
+
+
+class Folder:
+    """A folder that this process owns and writes shards of offloaded tensors to.
+
+    A shard's file lives as long as a stored tensor of it. Files of others are never
+    touched. Without a commit the folder is scratch: nothing of ours stays in it, and a
+    folder that we made goes as well.
+
+    Attributes:
+        path: absolute path.
+
+    Thread-safe. After a fork the child neither writes nor removes anything.
+    """
+
+    def __init__(
+        self, path: Path | str | None = None, *, files: Files | None = None, group_bytes: int = 0
+    ) -> None:
+        """Make the folder if need be, and lock it.
+
+        Args:
+            path: the folder; ``None`` takes a fresh one in the system's temporary place.
+            files: the file operations, for tests.
+            group_bytes: how much is gathered in memory before a shard is written; 0 chooses.
+
+        Raises:
+            FolderInUseError: another process owns it.
+            StorageError: it cannot be made or locked.
+        """
+        files = files or Files()
+        if path is None:
+            self.path, made = Path(tempfile.mkdtemp(prefix="diskoffload-")), True
+            _log.warning("no offload_dir was given: offloading to %s, gone at the end", self.path)
+        else:
+            self.path = Path(path).expanduser().absolute()
+            made = files.make_folder(self.path)
+        kind = memory_file_system(self.path)
+        if kind is not None:
+            _log.warning(
+                "offload_dir %s lies on a %s file system: that is memory, not disk; "
+                "name a folder on a disk to save memory",
+                self.path,
+                kind,
+            )
+        self._owner = Ownership(self.path, made, files)
+        self._writer = Writer(
+            files, self._owner.next_path, self._owner.adopt, group_bytes or GROUP_BYTES
+        )
+        self._end = weakref.finalize(self, _end_writer, self._writer, self._owner.pid)
+
+    def __repr__(self) -> str:
+        return f"Folder({str(self.path)!r})"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this process may still write here."""
+        return self._end.alive and os.getpid() == self._owner.pid
+
+    def put(self, name: str, tensor: torch.Tensor, codec: str | None) -> Ticket:
+        """Queue a tensor for writing under its name; see :meth:`Writer.put`.
+
+        Raises:
+            ClosedError: the folder was closed, or belongs to the parent process.
+        """
+        if not self.is_open:
+            reason = (
+                "it was closed"
+                if os.getpid() == self._owner.pid
+                else f"it belongs to the process that opened it (pid {self._owner.pid}); "
+                "a forked child can only read"
+            )
+            raise ClosedError(f"cannot offload {name!r} to {self.path}: {reason}")
+        if codec is not None:
+            codec_named(codec)
+        return self._writer.put(name, tensor, codec)
+
+    def flush(self) -> None:
+        """Write all that is queued and return when it is in the files."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Take no more tensors; those on disk stay readable while they are held."""
+        self._end()
+
+    def shards(self) -> list[Shard]:
+        """List the shards that exist now, oldest first."""
+        return sorted(self._owner.shards, key=lambda shard: shard.path.name)
+
+    @property
+    def written_groups(self) -> int:
+        """How many groups were written so far; it grows when tickets were fulfilled."""
+        return self._writer.written_groups
+
+
+def _end_writer(writer: Writer, pid: int) -> None:
+    if os.getpid() == pid:
+        writer.close()
+
+
+class OpenFolders:
+    """The folders that are open now, so that one path is one folder. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_path: weakref.WeakValueDictionary[str, Folder] = weakref.WeakValueDictionary()
+
+    def at(self, place: Folder | Path | str | None) -> Folder:
+        """Give the folder at a path, opening it if this process has not yet.
+
+        Raises:
+            InvalidInputError: the place is neither a path nor a folder.
+        """
+        if isinstance(place, Folder):
+            return place
+        if place is None:
+            return Folder()
+        if not isinstance(place, (str, os.PathLike)):
+            raise InvalidInputError(f"offload_dir must be a path, not {type(place).__name__}")
+        key = os.path.realpath(os.path.expanduser(place))
+        with self._lock:
+            folder = self._by_path.get(key)
+            if folder is None or not folder.is_open:
+                folder = Folder(place)
+                self._by_path[key] = folder
+            return folder
+
+
+open_folders = OpenFolders()
+"""A folder's lock is held by the process, so the process must know which it holds."""

@@ -1,0 +1,247 @@
+"""The queue to disk: tensors are gathered into shards and written behind the producer's back.
+
+A tensor waits in memory until its group is written, so what waits is bounded: when two
+groups are on their way, the next :meth:`Writer.put` waits for the older one. Nothing is
+lost by a failed write: its tensors go back to the queue, the error surfaces at the next
+call, and a later call tries again.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import xxhash
+
+from diskoffload.store.codec import codec_named
+from diskoffload.store.header import DTYPE_NAMES, Planned
+from diskoffload.store.shard import Shard, ShardWriter, tensor_bytes
+from diskoffload.store.stored import (
+    ENCODING_KEY,
+    RAW,
+    Stored,
+    StridedTensor,
+    encoding_of,
+    stored_tensors,
+)
+from diskoffload.system.files import Files
+
+# Compression that saves less than a tenth costs more than it gives, and hinders mapping.
+_WORTH_PACKING = 0.9
+_STEP_BYTES = 8 << 20
+_GROUPS_ON_THEIR_WAY = 2
+
+
+def digest_of(tensor: torch.Tensor) -> bytes:
+    """Fingerprint a tensor's bytes with xxh3-128 (https://xxhash.com), row by row in order."""
+    return xxhash.xxh3_128_digest(tensor_bytes(_plain(tensor)))
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One tensor on its way to disk.
+
+    Attributes:
+        name: the name it should have in the file.
+        tensor: the value; released when it is written. The writer reads it later, so a
+            change made to it meanwhile may or may not be in what is stored: compare
+            ``digest`` with the tensor's own before trusting ``stored``.
+        codec: name of the codec to try, or ``None``.
+        stored: the value on disk, once it is there.
+        digest: of exactly the bytes that were stored.
+        cancelled: set by the owner when the value is no longer wanted.
+    """
+
+    name: str
+    tensor: torch.Tensor | None
+    codec: str | None
+    nbytes: int
+    stored: Stored | None = None
+    digest: bytes = b""
+    cancelled: bool = field(default=False)
+
+
+class Writer:
+    """Writes tensors to shards from one thread of its own. Thread-safe."""
+
+    def __init__(
+        self,
+        files: Files,
+        next_path: Callable[[], Path],
+        adopt: Callable[[Shard], None],
+        group_bytes: int,
+    ) -> None:
+        """Start idle.
+
+        Args:
+            files: the file operations.
+            next_path: gives an unused path for a new shard.
+            adopt: takes charge of a shard just written (its life ends with its tensors).
+            group_bytes: a shard is written when so much waits, or at :meth:`flush`.
+        """
+        self._files = files
+        self._next_path = next_path
+        self._adopt = adopt
+        self._group_bytes = group_bytes
+        self._lock = threading.RLock()
+        self._group: list[Ticket] = []
+        self._waiting_bytes = 0
+        self._running: deque[tuple[list[Ticket], Future[None]]] = deque()
+        self._executor: ThreadPoolExecutor | None = None
+        self.written_groups = 0
+
+    def put(self, name: str, tensor: torch.Tensor, codec: str | None) -> Ticket:
+        """Queue a tensor; may wait for older ones, and raises their error if they failed."""
+        nbytes = tensor.numel() * tensor.dtype.itemsize
+        ticket = Ticket(name, tensor, codec, nbytes)
+        with self._lock:
+            self._group.append(ticket)
+            self._waiting_bytes += nbytes
+            if self._waiting_bytes >= self._group_bytes:
+                self._start_group()
+                while len(self._running) > _GROUPS_ON_THEIR_WAY:
+                    self._finish_oldest()
+            elif self._running and self._running[0][1].done():
+                self._finish_oldest()
+        return ticket
+
+    def flush(self) -> None:
+        """Write all that waits and return when it is on disk.
+
+        Raises:
+            StorageError: a write failed; its tensors are still queued.
+        """
+        with self._lock:
+            self._start_group()
+            while self._running:
+                self._finish_oldest()
+
+    def close(self) -> None:
+        """Drop what waits, let what runs end, and end the thread."""
+        with self._lock:
+            self._group.clear()
+            if self._executor is not None:
+                self._executor.shutdown(wait=True, cancel_futures=True)
+                self._executor = None
+            self._running.clear()
+
+    def _start_group(self) -> None:
+        group = [ticket for ticket in self._group if not ticket.cancelled]
+        self._group, self._waiting_bytes = [], 0
+        if not group:
+            return
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix="diskoffload-writer")
+        self._running.append((group, self._executor.submit(self._write, group)))
+
+    def _finish_oldest(self) -> None:
+        group, future = self._running.popleft()
+        try:
+            future.result()
+        except BaseException:
+            unwritten = [ticket for ticket in group if ticket.stored is None]
+            self._group[:0] = unwritten
+            self._waiting_bytes += sum(ticket.nbytes for ticket in unwritten)
+            raise
+
+    def _write(self, group: list[Ticket]) -> None:
+        items = [_prepare(ticket) for ticket in group]
+        keys = _unique([ticket.name for ticket in group])
+        encodings = {
+            key: item.encoding for key, item in zip(keys, items, strict=True) if item.encoding
+        }
+        metadata = {ENCODING_KEY: json.dumps(encodings)} if encodings else {}
+        planned: list[Planned] = [
+            (key, item.dtype, item.shape) for key, item in zip(keys, items, strict=True)
+        ]
+        path = self._next_path()
+        with ShardWriter(path, planned, self._files, metadata, fill=True) as writer:
+            for key, item, ticket in zip(keys, items, group, strict=True):
+                item.write(writer, key)
+                ticket.digest = item.digest
+            writer.publish(durable=False)
+        shard = Shard(path, self._files)
+        self._adopt(shard)
+        written = stored_tensors(shard)
+        for key, item, ticket in zip(keys, items, group, strict=True):
+            value: Stored = written[key]
+            ticket.stored = StridedTensor(value, item.strides) if item.strides else value
+            ticket.tensor = None
+        self.written_groups += 1
+
+
+def _unique(names: list[str]) -> list[str]:
+    """Make keys of names: two models, or two values of one entry, may share a name."""
+    taken: set[str] = set()
+    keys = []
+    for name in names:
+        key, number = name, 1
+        while key in taken:
+            number += 1
+            key = f"{name}#{number}"
+        taken.add(key)
+        keys.append(key)
+    return keys
+
+
+@dataclass
+class _Item:
+    """A tensor made ready for its file."""
+
+    plain: torch.Tensor | None
+    packed: list[bytes]
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None
+    encoding: dict[str, object] | None
+    digest: bytes = b""
+
+    def write(self, writer: ShardWriter, key: str) -> None:
+        if self.plain is None:
+            start = 0
+            for chunk in self.packed:
+                writer.write_part(key, memoryview(chunk), start)
+                start += len(chunk)
+            writer.finish_parts(key)
+            return
+        # The digest is of the very bytes that are written, whatever else writes to the tensor.
+        digest = xxhash.xxh3_128()
+        data = tensor_bytes(self.plain)
+        for start in range(0, len(data), _STEP_BYTES):
+            step = bytes(data[start : start + _STEP_BYTES])
+            digest.update(step)
+            writer.write_part(key, memoryview(step), start)
+        writer.finish_parts(key)
+        self.digest = digest.digest()
+
+
+def _prepare(ticket: Ticket) -> _Item:
+    tensor = ticket.tensor
+    assert tensor is not None  # it is released only after it was written
+    strides = None if tensor.is_contiguous() else tuple(tensor.stride())
+    plain = _plain(tensor)
+    dtype, shape = plain.dtype, tuple(plain.shape)
+    if ticket.codec is not None and ticket.nbytes:
+        copy = bytes(tensor_bytes(plain))
+        codec = codec_named(ticket.codec)
+        packed = list(codec.pack(memoryview(copy)))
+        size = sum(map(len, packed))
+        if size < ticket.nbytes * _WORTH_PACKING:
+            chunks = [len(chunk) for chunk in packed]
+            encoding = encoding_of(dtype, shape, codec.name, chunks)
+            digest = xxhash.xxh3_128_digest(copy)
+            return _Item(None, packed, torch.uint8, (size,), strides, encoding, digest)
+    if dtype in DTYPE_NAMES:
+        return _Item(plain, [], dtype, shape, strides, None)
+    encoding = encoding_of(dtype, shape, RAW)
+    return _Item(plain, [], torch.uint8, (ticket.nbytes,), strides, encoding)
