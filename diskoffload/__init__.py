@@ -1,0 +1,1 @@
+"""Run and quantize PyTorch models that do not fit in memory, straight from their files."""

@@ -1,0 +1,1 @@
+"""The mappings that take the place of a module's ``_parameters`` and ``_buffers``."""

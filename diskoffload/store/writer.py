@@ -68,7 +68,25 @@ class Ticket:
     nbytes: int
     stored: Stored | None = None
     digest: bytes = b""
-    cancelled: bool = field(default=False)
+    cancelled: bool = False
+    _listener: Callable[[], None] | None = field(default=None, repr=False)
+
+    def notify(self, listener: Callable[[], None]) -> None:
+        """Call ``listener`` once when the value is stored, from whatever thread that is in."""
+        self._listener = listener
+        if self.stored is not None:
+            self._tell()
+
+    def fulfil(self, stored: Stored) -> None:
+        """Say that the value is on disk, and let go of it."""
+        self.stored = stored
+        self.tensor = None
+        self._tell()
+
+    def _tell(self) -> None:
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener()
 
 
 class Writer:
@@ -175,8 +193,7 @@ class Writer:
         written = stored_tensors(shard)
         for key, item, ticket in zip(keys, items, group, strict=True):
             value: Stored = written[key]
-            ticket.stored = StridedTensor(value, item.strides) if item.strides else value
-            ticket.tensor = None
+            ticket.fulfil(StridedTensor(value, item.strides) if item.strides else value)
         self.written_groups += 1
 
 

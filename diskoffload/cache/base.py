@@ -1,0 +1,384 @@
+"""The mapping that a module reads its parameters and buffers from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, ItemsView, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+
+from diskoffload.cache import modes
+from diskoffload.errors import InvalidInputError, NotOffloadedError
+from diskoffload.residency.held import Backing, Held, State, held_of
+from diskoffload.residency.resident import Residency, default_residency
+
+Device = torch.device | str | int
+_Cache = TypeVar("_Cache", bound="OffloadCache")
+
+
+class _OnClass:
+    """A read-only attribute that is computed on the class as well as on instances."""
+
+    def __init__(self, compute: Any) -> None:
+        self._compute = compute
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        return self._compute()
+
+
+class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
+    """A dictionary that offloads what is assigned to it and onloads what is read from it.
+
+    Every entry has one Parameter or Buffer object for life; only the memory beneath it
+    comes and goes. Assigning an object makes it the entry's object, as in a dictionary:
+    a later edit of it is an edit of the entry. Putting the object back that is there
+    already writes nothing.
+
+    Thread-safe. A read that finds its tensor in place takes no lock.
+
+    Attributes:
+        onload_device: where reads bring tensors; may be set at any time.
+        offload_device: where tensors wait, a device or ``"disk"``.
+        name: full name of the module in the model, for the names in files; may be empty.
+    """
+
+    offload_device: torch.device | str
+
+    offloading_disabled: bool = _OnClass(lambda: modes.current().kept is not None)  # type: ignore[assignment]
+    """Whether this thread is inside ``disable_offloading``."""
+    onloading_disabled: bool = _OnClass(lambda: modes.current().onloading_disabled)  # type: ignore[assignment]
+    """Whether this thread is inside ``disable_onloading``."""
+    keep_onloaded_values: Mapping[torch.Tensor, torch.Tensor] = modes.KeptValues()
+    """What this thread keeps: offloaded tensor -> onloaded tensor, a live view."""
+
+    # ------------------------------------------------------------------ making one
+
+    @staticmethod
+    def cls_from_device(device: Device | None = None) -> type[OffloadCache]:
+        """Find the class that offloads to a device, or to ``"disk"``.
+
+        Raises:
+            InvalidInputError: nothing can be offloaded there.
+        """
+        try:
+            kind = "disk" if device == "disk" else torch.device(device or "cpu").type
+        except RuntimeError as error:
+            raise InvalidInputError(f"{device!r} is no device to offload to: {error}") from error
+        found = _classes.get(kind, None if kind == "meta" else _classes.get("*"))
+        if found is None:
+            known = ", ".join(sorted(set(_classes) - {"*"}))
+            raise InvalidInputError(f"cannot offload to {device!r}; use {known} or an accelerator")
+        return found
+
+    def __init_subclass__(cls, *, kind: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if kind is not None:
+            _classes[kind] = cls
+
+    @classmethod
+    def from_mapping(
+        cls: type[_Cache],
+        mapping: Mapping[Any, torch.Tensor | None],
+        onload_device: Device,
+        offload_device: Device | None = None,
+        **kwargs: Any,
+    ) -> _Cache:
+        """Make a cache of a module's ``_parameters`` or ``_buffers``; its tensors are offloaded.
+
+        Given another cache, its entries are taken over, objects and all; what lies on
+        disk already stays where it lies.
+
+        Args:
+            mapping: the dictionary, or a cache.
+            onload_device: where reads bring tensors.
+            offload_device: where they wait; must suit the class.
+            **kwargs: for the class's constructor.
+        """
+        made = cls(onload_device, offload_device, **kwargs)
+        if isinstance(mapping, OffloadCache):
+            for key, held in mapping._held.items():
+                made._take_over(key, held)
+            return made
+        for key, value in mapping.items():
+            made[key] = value
+        return made
+
+    def __init__(
+        self,
+        onload_device: Device,
+        offload_device: Device | None = None,
+        *,
+        name: str = "",
+        residency: Residency | None = None,
+    ) -> None:
+        """Start empty.
+
+        Args:
+            onload_device: where reads bring tensors.
+            offload_device: if given, must be the class's own.
+            name: full name of the module in the model.
+            residency: keeps the books of what is in memory; one per process by default.
+
+        Raises:
+            InvalidInputError: no such device, or not this class's.
+        """
+        try:
+            self.onload_device = torch.device(onload_device)
+        except RuntimeError as error:
+            raise InvalidInputError(f"cannot onload to {onload_device!r}: {error}") from error
+        if offload_device is not None:
+            self._check_offload_device(offload_device)
+        self.name = name
+        self.residency = residency or default_residency
+        self._held: dict[Any, Held | None] = {}
+        self._published: dict[Any, torch.Tensor | None] = {}
+
+    def _check_offload_device(self, offload_device: Device) -> None:
+        if str(offload_device) != str(self.offload_device):
+            raise InvalidInputError(
+                f"{type(self).__name__} offloads to {self.offload_device}, not to "
+                f"{offload_device}; use OffloadCache.cls_from_device to find the class"
+            )
+
+    # ------------------------------------------------------------------ what a kind adds
+
+    @abstractmethod
+    def onload(self, offloaded: torch.Tensor | None) -> torch.Tensor | None:
+        """Give the tensor on the onload device for an offloaded one."""
+
+    @abstractmethod
+    def offload(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """Give the offloaded tensor for a tensor."""
+
+    @abstractmethod
+    def update_offload(self, offloaded: torch.Tensor, data: torch.Tensor | None) -> None:
+        """Give an offloaded tensor a new value, taken at the call."""
+
+    @abstractmethod
+    def _back(self, tensor: torch.Tensor) -> tuple[Backing, State, bool]:
+        """Say what backs a new tensor, what state that is, and whether to write it out."""
+
+    @abstractmethod
+    def _accepts(self, held: Held) -> bool:
+        """Tell whether an entry's backing is already of this cache's kind."""
+
+    @abstractmethod
+    def _move_in(self, held: Held) -> None:
+        """Move the value of an onloaded entry to where this cache keeps it."""
+
+    @abstractmethod
+    def _free(self, held: Held, onload: bool) -> torch.Tensor:
+        """Give an entry's object with its value, independent of this cache."""
+
+    # ------------------------------------------------------------------ the mapping
+
+    def __getitem__(self, key: Any) -> torch.Tensor | None:
+        if not modes.entered:
+            try:
+                return self._published[key]
+            except KeyError:
+                pass
+        return self._read(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._held
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __setitem__(self, key: Any, value: torch.Tensor | None) -> None:
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise InvalidInputError(
+                f"cannot assign {type(value).__name__} to {self._full_name(key)!r}: "
+                "a module's entry is a tensor or None"
+            )
+        old = self._held.get(key)
+        if value is None:
+            self._drop(key, old)
+            self._held[key] = None
+            self._published[key] = None
+            return
+        if old is not None and (value is old.tensor or value is old._template):
+            return
+        held = held_of(value)
+        if held is None:
+            held = self._new(key, value)
+        self._drop(key, old)
+        self._show(key, held)
+
+    def __delitem__(self, key: Any) -> None:
+        self._drop(key, self._held[key])
+        del self._held[key]
+
+    def discard(self, key: Hashable) -> None:
+        """Remove an entry if it is there; ``Module.__setattr__`` treats us as a set."""
+        if key in self._held:
+            del self[key]
+
+    def copy(self) -> dict[Any, torch.Tensor | None]:
+        """Give a plain dictionary of the onloaded entries, as ``dict.copy`` would."""
+        return dict(self.items())
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({list(self._held)}, onload_device={self.onload_device}, "
+            f"offload_device={self.offload_device})"
+        )
+
+    @property
+    def offloaded_values(self) -> Mapping[Any, torch.Tensor | None]:
+        """The offloaded tensors by name, a live view; on disk they are meta tensors."""
+        return _Offloaded(self._held)
+
+    # ------------------------------------------------------------------ modes
+
+    @classmethod
+    def disable_offloading(cls) -> AbstractContextManager[None]:
+        """See :func:`diskoffload.disable_offloading`."""
+        return modes.disable_offloading()
+
+    @classmethod
+    def disable_onloading(cls) -> AbstractContextManager[None]:
+        """See :func:`diskoffload.disable_onloading`."""
+        return modes.disable_onloading()
+
+    # ------------------------------------------------------------------ entries
+
+    def set_value(self, key: Any, data: torch.Tensor) -> None:
+        """Give an entry the value that ``data`` has now; its object stays.
+
+        Raises:
+            KeyError: no such entry, or ``None`` is in it.
+            RuntimeError: ``data`` cannot be broadcast to its shape.
+        """
+        held = self._held[key]
+        if held is None:
+            raise KeyError(key)
+        self.residency.update(held, data, self.onload_device)
+
+    def release_entries(self, *, onload: bool) -> dict[Any, torch.Tensor | None]:
+        """Give up every entry, and give the plain dictionary of their objects.
+
+        Args:
+            onload: bring them to the onload device, in memory that is theirs. Otherwise
+                they stay where they are offloaded; those on disk alias the file.
+        """
+        plain: dict[Any, torch.Tensor | None] = {}
+        with self.residency.lock:
+            for key, held in self._held.items():
+                plain[key] = None if held is None else self._free(held, onload)
+            self.detach()
+        return plain
+
+    def detach(self) -> None:
+        """Forget every entry without touching its object."""
+        for held in self._held.values():
+            if held is not None:
+                held.unbind_all(self._published)
+        self._held.clear()
+        self._published.clear()
+
+    def held_items(self) -> ItemsView[Any, Held | None]:
+        """Give the entries themselves; for those who move or save them without reading."""
+        return self._held.items()
+
+    def bind_lazily(self, key: Any, held: Held) -> None:
+        """Show an entry whose object is made at its first read."""
+        self._drop(key, self._held.get(key))
+        self._show(key, held)
+
+    def _read(self, key: Any) -> torch.Tensor | None:
+        held = self._held[key]
+        if held is None:
+            return None
+        if modes.entered:
+            if modes.current().onloading_disabled:
+                return held.offloaded
+            modes.keep(held, self.residency)
+        return self.residency.onload(held, self.onload_device)
+
+    def _full_name(self, key: Any) -> str:
+        return f"{self.name}.{key}" if self.name else str(key)
+
+    def _new(self, key: Any, value: torch.Tensor) -> Held:
+        name = self._full_name(key)
+        if not _is_ours_to_move(value):
+            return Held(name, None, tensor=value, state=State.AS_IS)
+        backing, state, write = self._back(value)
+        held = Held(name, backing, tensor=value, state=state)
+        held.lay(value, state)
+        self.residency.adopt(held, write=write)
+        return held
+
+    def _take_over(self, key: Any, held: Held | None) -> None:
+        """Bind an entry of another cache, and move its value to where this cache keeps it."""
+        if held is None:
+            self._held[key] = self._published[key] = None
+            return
+        if held.backing is not None and not self._accepts(held):
+            with self.residency.lock:
+                self.residency.onload(held, self.onload_device)
+                self._move_in(held)
+        self._show(key, held)
+
+    def _show(self, key: Any, held: Held) -> None:
+        with self.residency.lock:
+            self._held[key] = held
+            held.bind(self._published, key)
+            self.residency.unpark(held)
+
+    def _drop(self, key: Any, held: Held | None) -> None:
+        self._published.pop(key, None)
+        if held is not None:
+            with self.residency.lock:
+                held.unbind(self._published, key)
+                self.residency.park(held)
+
+    def _entry(self, offloaded: torch.Tensor) -> Held:
+        held = held_of(offloaded)
+        if held is None:
+            raise NotOffloadedError(
+                f"this tensor of shape {tuple(offloaded.shape)} is not an offloaded one; "
+                "take it from `offloaded_values` or from `offload`"
+            )
+        return held
+
+
+class _Offloaded(Mapping[Any, "torch.Tensor | None"]):
+    """Offloaded tensors by name."""
+
+    def __init__(self, held: dict[Any, Held | None]) -> None:
+        self._held = held
+
+    def __getitem__(self, key: Any) -> torch.Tensor | None:
+        held = self._held[key]
+        return None if held is None else held.offloaded
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+def _is_ours_to_move(value: torch.Tensor) -> bool:
+    """Whether a value is a plain tensor whose memory may be moved: no graph, no fake, no proxy."""
+    return (
+        value.grad_fn is None
+        and value.layout == torch.strided
+        and value.device.type != "meta"
+        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+        and type(value).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        and not torch._debug_has_internal_overlap(value)
+        and not value.is_quantized
+        and not value.is_conj()
+        and not value.is_neg()
+    )
+
+
+_classes: dict[str, type[OffloadCache]] = {}

@@ -1,0 +1,385 @@
+"""Offload whole models: sequentially, by a plan, or by a map."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from diskoffload.cache.base import Device, OffloadCache
+from diskoffload.cache.modes import disable_onloading
+from diskoffload.errors import InvalidInputError, NotOffloadedError
+from diskoffload.module import (
+    cache_of,
+    get_cache_init_kwargs,
+    get_execution_device,
+    get_offloaded_device,
+    is_offloaded,
+    remove_module_offload,
+    reoffload_module,
+)
+from diskoffload.planning import ModuleSize, Plan, format_bytes, parse_max_memory, plan_dispatch
+from diskoffload.residency.headroom import Headroom
+from diskoffload.store.folder import Folder, open_folders
+from diskoffload.system.files import free_bytes
+
+_log = logging.getLogger(__name__)
+_Model = TypeVar("_Model", bound=torch.nn.Module)
+DeviceMap = Mapping[str, tuple[Any, Any]]
+
+# compressed-tensors' own reserve for what is no weight: a share of the model, at least 1 GB.
+_EXTRA_SHARE = 0.05
+_EXTRA_LEAST_BYTES = 10**9
+_ACTIVATION_TOKENS = 2048
+# Of a budget that the user has set, at most this share is reserved without being asked.
+_EXTRA_OF_BUDGET = 0.1
+# Of what the machine has, this share is left to others when nobody has set a budget.
+_LEFT_TO_OTHERS = 0.1
+
+
+# ---------------------------------------------------------------------- planning
+
+
+def module_sizes(model: torch.nn.Module, no_split_modules: Container[str] = ()) -> list[ModuleSize]:
+    """Measure the modules that are placed as a whole, in module order; nothing is onloaded.
+
+    Those are the modules with tensors of their own and the ones whose class
+    ``no_split_modules`` names.
+    """
+    sizes: list[ModuleSize] = []
+
+    def visit(name: str, module: torch.nn.Module) -> None:
+        whole = type(module).__name__ in no_split_modules
+        whole = whole or any(value is not None for value in _entries(module).values())
+        if not whole:
+            for child_name, child in module.named_children():
+                visit(f"{name}.{child_name}" if name else child_name, child)
+            return
+        tensors: dict[int, int] = {}
+        for part in module.modules():
+            tensors.update(_tensor_sizes(part))
+        if tensors:
+            sizes.append(ModuleSize(name, sum(tensors.values()), tuple(tensors.items())))
+
+    visit("", model)
+    return sizes
+
+
+def _entries(module: torch.nn.Module) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for mapping in (module._parameters, module._buffers):
+        entries: Any = mapping
+        found.update(entries.held_items() if isinstance(entries, OffloadCache) else entries)
+    return found
+
+
+def _tensor_sizes(module: torch.nn.Module) -> dict[int, int]:
+    sizes: dict[int, int] = {}
+    for entry in _entries(module).values():
+        if isinstance(entry, torch.Tensor):
+            sizes[id(entry)] = entry.numel() * entry.dtype.itemsize
+        elif entry is not None:
+            # A tie of a plain and an offloaded module shows one object and one entry.
+            tensor = getattr(entry, "tensor", None)
+            sizes[id(entry if tensor is None else tensor)] = getattr(entry, "nbytes", 0)
+    return sizes
+
+
+def plan_model(
+    model: torch.nn.Module,
+    device_memory: Mapping[Any, int] | None = None,
+    extra_memory: int | None = None,
+    no_split_modules: Container[str] | None = None,
+    *,
+    max_memory: Mapping[Any, int | float | str] | None = None,
+    offload_dir: Folder | Path | str | None = None,
+) -> Plan:
+    """Plan what :func:`dispatch_model` would do, and do nothing; print the result to see it.
+
+    The arguments are those of :func:`dispatch_model`.
+    """
+    if device_memory is not None and max_memory is not None:
+        raise InvalidInputError(
+            "both device_memory and max_memory were given; name the budgets once, "
+            'as max_memory={0: "20GiB", "cpu": "8GiB"}'
+        )
+    if no_split_modules is None:
+        no_split_modules = getattr(model, "_no_split_modules", None) or ()
+    devices, cpu_bytes, disk_bytes = _budgets(device_memory, max_memory)
+    sizes = module_sizes(model, no_split_modules)
+    if not sizes:
+        raise InvalidInputError(
+            f"{type(model).__name__} has no parameters or buffers, so there is nothing to dispatch"
+        )
+    if disk_bytes is None and offload_dir is not None:
+        folder = offload_dir.path if isinstance(offload_dir, Folder) else Path(offload_dir)
+        disk_bytes = free_bytes(folder.expanduser().absolute()) + _on_disk_bytes(model)
+    if extra_memory is None:
+        extra_memory = _default_extra_bytes(model, sizes)
+        if device_memory is None:
+            extra_memory = min(extra_memory, int(min(devices.values()) * _EXTRA_OF_BUDGET))
+    return plan_dispatch(
+        sizes, devices, cpu_bytes, extra_bytes=int(extra_memory), disk_bytes=disk_bytes
+    )
+
+
+def _accelerators() -> list[str]:
+    if not torch.accelerator.is_available():
+        return []
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None  # one is available
+    return [f"{kind.type}:{index}" for index in range(torch.accelerator.device_count())]
+
+
+def _budgets(
+    device_memory: Mapping[Any, int] | None,
+    max_memory: Mapping[Any, int | float | str] | None,
+) -> tuple[dict[str, int], int | None, int | None]:
+    accelerators = _accelerators()
+    cpu_bytes = int(Headroom().available_bytes() * (1 - _LEFT_TO_OTHERS))
+    if device_memory is not None:
+        return {str(device): size for device, size in device_memory.items()}, cpu_bytes, None
+    if max_memory is not None:
+        budget = parse_max_memory(max_memory, accelerators=accelerators)
+        devices = budget.devices or {"cpu": budget.cpu_bytes or cpu_bytes}
+        return devices, budget.cpu_bytes or cpu_bytes, budget.disk_bytes
+    devices = {name: torch.accelerator.get_memory_info(name)[0] for name in accelerators}
+    return devices or {"cpu": cpu_bytes}, cpu_bytes, None
+
+
+def _default_extra_bytes(model: torch.nn.Module, sizes: list[ModuleSize]) -> int:
+    extra = max(int(sum(size.size_bytes for size in sizes) * _EXTRA_SHARE), _EXTRA_LEAST_BYTES)
+    width = getattr(getattr(model, "config", None), "intermediate_size", None)
+    if isinstance(width, int):
+        with disable_onloading():
+            dtype = getattr(model, "dtype", torch.bfloat16)
+        extra += _ACTIVATION_TOKENS * width * dtype.itemsize
+    return extra
+
+
+def _on_disk_bytes(model: torch.nn.Module) -> int:
+    sizes: dict[int, int] = {}
+    for module in model.modules():
+        cache = cache_of(module)
+        if cache is not None and cache.offload_device == "disk":
+            sizes.update(_tensor_sizes(module))
+    return sum(sizes.values())
+
+
+# ---------------------------------------------------------------------- dispatching
+
+
+def dispatch_model(
+    model: _Model,
+    device_memory: Mapping[Any, int] | None = None,
+    extra_memory: int | None = None,
+    no_split_modules: Container[str] | None = None,
+    *,
+    max_memory: Mapping[Any, int | float | str] | None = None,
+    offload_dir: Folder | Path | str | None = None,
+    compression: str | None = None,
+    show_progress: bool = False,
+) -> _Model:
+    """Dispatch a model for generation: as much as possible stays on the devices.
+
+    What overflows the devices goes to RAM, what overflows RAM to disk; what lies on disk
+    already and belongs there stays where it lies. Without an accelerator the CPU is the
+    device. Modules are placed in the order of ``model.modules()``.
+
+    Args:
+        model: any module; changed in place. Earlier offloads are replaced.
+        device_memory: bytes for each device; RAM is bounded by what is available.
+        extra_memory: bytes left free on each device for activations; what the model leaves
+            is added to it.
+        no_split_modules: names of classes whose modules stay on one device; by default the
+            model's own ``_no_split_modules``.
+        max_memory: budgets by device, in place of ``device_memory``:
+            ``{0: "20GiB", "cpu": "8GiB"}``. Without either, what is available is used,
+            the container's limit included.
+        offload_dir: folder for what goes to disk; ``None`` takes a fresh temporary one.
+        compression: ``None`` or ``"zstd"`` for what is written to disk.
+        show_progress: show a progress bar.
+
+    Returns:
+        The model.
+
+    Raises:
+        BudgetError: a module that must not be split fits no device.
+        InvalidInputError: budgets given twice, or that cannot be read.
+    """
+    plan = plan_model(
+        model,
+        device_memory,
+        extra_memory,
+        no_split_modules,
+        max_memory=max_memory,
+        offload_dir=offload_dir,
+    )
+    _log.info("dispatching: %s", plan.reason)
+    device_map: dict[str, tuple[str, str]] = {}
+    for name, places in plan.device_map().items():
+        for part, _ in model.get_submodule(name).named_modules(prefix=name):
+            device_map.setdefault(part, places)
+    dispatch_with_map(
+        model, device_map, offload_dir, show_progress=show_progress, compression=compression
+    )
+    for name, module in model.named_modules():
+        if name not in device_map and is_offloaded(module):
+            remove_module_offload(module)
+    return model
+
+
+def dispatch_with_map(
+    model: torch.nn.Module,
+    device_map: DeviceMap,
+    offload_dir: Folder | Path | str | None = None,
+    show_progress: bool = True,
+    *,
+    compression: str | None = None,
+) -> None:
+    """Dispatch a model by a map: module name -> (onload device, offload device).
+
+    Only the modules that are named are touched, each without its submodules. One whose
+    offload device is ``None`` stays plain; names that the model lacks are an error.
+
+    Args:
+        model: the model; changed in place.
+        device_map: as :func:`get_device_map` and ``plan.device_map()`` give it.
+        offload_dir: folder for modules that go to disk; ``None`` takes a fresh temporary
+            one, but for those that have a folder already.
+        show_progress: show a progress bar.
+        compression: ``None`` or ``"zstd"`` for what is written to disk.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    unknown = [name for name in device_map if name not in modules]
+    if unknown:
+        raise InvalidInputError(
+            f"the device map names {len(unknown)} modules that the model lacks, "
+            f"{unknown[0]!r} among them; take the names from model.named_modules()"
+        )
+    done: set[int] = set()
+    folder: Folder | None = None
+    for name, (onload, offload) in tqdm(
+        device_map.items(), desc="Dispatching", unit="module", disable=not show_progress
+    ):
+        module = modules[name]
+        if offload is None or id(module) in done:
+            continue
+        done.add(id(module))
+        options: dict[str, Any] = {"name": name}
+        if offload == "disk":
+            on_disk = cache_of(module)
+            if offload_dir is not None or on_disk is None or on_disk.offload_device != "disk":
+                folder = folder or open_folders.at(offload_dir)
+                options["offload_dir"] = folder
+            options["compression"] = compression
+        reoffload_module(module, onload, offload, **options)
+
+
+def get_device_map(
+    model: torch.nn.Module, default_device: torch.device | str = "cpu"
+) -> dict[str, tuple[torch.device, torch.device | str]]:
+    """Give every module's (onload device, offload device) by name, as it is now.
+
+    ``default_device`` stands for modules without tensors that are not offloaded.
+    """
+    default = torch.device(default_device)
+    return {
+        name: (get_execution_device(module, default), get_offloaded_device(module, default))
+        for name, module in model.named_modules(remove_duplicate=False)
+    }
+
+
+def offload_model(
+    model: _Model,
+    onload_device: Device,
+    offload_device: Device | None = None,
+    *,
+    offload_dir: Folder | Path | str | None = None,
+    compression: str | None = None,
+) -> _Model:
+    """Offload a model for sequential onloading: each layer comes when it runs, and goes.
+
+    Args:
+        model: the model; changed in place.
+        onload_device: where modules run.
+        offload_device: where every module waits. Without it each stays where it is, as by
+            :func:`set_onload_device`.
+        offload_dir: folder for ``offload_device="disk"``; ``None`` takes a fresh
+            temporary one.
+        compression: ``None`` or ``"zstd"`` for what is written to disk.
+
+    Returns:
+        The model.
+    """
+    if offload_device is None:
+        if offload_dir is None and compression is None:
+            set_onload_device(model, onload_device)
+            return model
+        offload_device = "disk"
+    names = [name for name, _ in model.named_modules()]
+    dispatch_with_map(
+        model,
+        dict.fromkeys(names, (onload_device, offload_device)),
+        offload_dir,
+        show_progress=False,
+        compression=compression,
+    )
+    size = sum(size.size_bytes for size in module_sizes(model))
+    _log.info(
+        "offloading: %s wait on %s, each layer runs on %s as it is needed",
+        format_bytes(size),
+        offload_device,
+        onload_device,
+    )
+    return model
+
+
+def set_onload_device(
+    module: torch.nn.Module, onload_device: Device
+) -> tuple[bool, dict[str, Any]]:
+    """Have every module of a model onload to a device; plain ones are offloaded where they are.
+
+    An offloaded module keeps its place. A plain one with tensors is offloaded to their
+    device; one without, as its first offloaded child is, else to the CPU.
+
+    Returns:
+        Whether the module was offloaded before, and the arguments that offload another
+        module as it is now.
+    """
+    child_kwargs: dict[str, Any] | None = None
+    for child in module.children():
+        was_offloaded, kwargs = set_onload_device(child, onload_device)
+        if was_offloaded and child_kwargs is None:
+            child_kwargs = kwargs
+    cache = cache_of(module)
+    if cache is not None:
+        for mapping in (module._parameters, module._buffers):
+            entries: Any = mapping
+            entries.onload_device = torch.device(onload_device)
+        return True, get_cache_init_kwargs(module)
+    tensors = [value for value in _entries(module).values() if isinstance(value, torch.Tensor)]
+    if tensors:
+        device = tensors[0].device
+        if device.type == "meta":
+            raise NotOffloadedError(
+                f"{type(module).__name__} has tensors on the meta device: there is no value to "
+                "offload; open the checkpoint with open_checkpoint(path, model=model)"
+            )
+        child_kwargs = None
+        kwargs = {"onload_device": onload_device, "offload_device": device}
+    else:
+        kwargs = {**(child_kwargs or {"offload_device": "cpu"}), "onload_device": onload_device}
+    reoffload_module(module, **kwargs)
+    return not tensors and child_kwargs is not None, kwargs
+
+
+def remove_dispatch(module: _Model, onload_tensors: bool = False) -> _Model:
+    """Make every module plain again; see :func:`remove_module_offload`."""
+    for part in module.modules():
+        remove_module_offload(part, onload_tensors)
+    return module

@@ -1,0 +1,129 @@
+"""The forward of an offloaded module: its inputs move to the onload device."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+
+from diskoffload.cache import modes
+from diskoffload.cache.base import OffloadCache
+
+_T = TypeVar("_T")
+# The attribute in which the plain forward waits; compressed-tensors uses the same name.
+_PLAIN_FORWARD = "_original_forward_func"
+_HAD_OWN_FORWARD = "_offload_had_own_forward"
+
+
+def wrap_forward(module: torch.nn.Module) -> None:
+    """Make a module's ``forward`` move its inputs to the onload device first."""
+    own = module.__dict__.get("forward")
+    plain: Any = own if own is not None else module.forward
+    bound_to_it = getattr(plain, "__self__", None) is module
+    module.__dict__[_PLAIN_FORWARD] = plain.__func__ if bound_to_it else _Unbound(plain)
+    module.__dict__[_HAD_OWN_FORWARD] = own is not None
+    module.forward = _moving_inputs(module.__dict__[_PLAIN_FORWARD]).__get__(module)
+
+
+def unwrap_forward(module: torch.nn.Module) -> None:
+    """Give a module its plain ``forward`` back, its own or its class's."""
+    plain = module.__dict__.pop(_PLAIN_FORWARD)
+    had_own = module.__dict__.pop(_HAD_OWN_FORWARD)
+    del module.__dict__["forward"]
+    if had_own or isinstance(plain, _Unbound) or plain is not type(module).forward:
+        module.forward = _bound(plain, module)
+
+
+def _bound(plain: Any, module: torch.nn.Module) -> Any:
+    return plain.forward if isinstance(plain, _Unbound) else plain.__get__(module)
+
+
+class _Unbound:
+    """A forward that is not a method of its module (a hook's wrapper, a partial)."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+        functools.update_wrapper(self, forward)
+        parameters = list(inspect.signature(forward).parameters.values())
+        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        self.__signature__ = inspect.Signature([first, *parameters])
+
+    def __call__(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+
+def _moving_inputs(plain: Callable[..., Any]) -> Any:
+    @functools.wraps(plain)
+    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        cache = self._parameters
+        if isinstance(cache, OffloadCache) and not (
+            modes.entered and modes.current().onloading_disabled
+        ):
+            device = cache.onload_device
+            args = _send_all(args, device)
+            if kwargs:
+                kwargs = {key: send_tensors(value, device) for key, value in kwargs.items()}
+        return self.__dict__[_PLAIN_FORWARD](self, *args, **kwargs)
+
+    return forward
+
+
+def _send_all(values: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
+    for value in values:
+        if not isinstance(value, torch.Tensor) or value.device != device:
+            return tuple([send_tensors(value, device) for value in values])
+    return values  # the usual case: all are there already
+
+
+def send_tensors(value: _T, device: torch.device) -> _T:
+    """Move the tensors in a value to a device, through lists, tuples, dicts and dataclasses.
+
+    What is there already, and what is none of these, is given back itself.
+    """
+    found: Any = value
+    if isinstance(value, torch.Tensor):
+        there = value.device.type == device.type and device.index in (None, value.device.index)
+        return value if there else value.to(device)  # type: ignore[return-value]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(send_tensors(item, device) for item in value))
+    if type(value) in (list, tuple):
+        return type(value)(send_tensors(item, device) for item in found)  # type: ignore[call-arg]
+    if type(value) is dict:
+        return {key: send_tensors(item, device) for key, item in found.items()}  # type: ignore[return-value]
+    if is_dataclass(value) and not isinstance(value, type):
+        moved = {
+            f.name: send_tensors(getattr(value, f.name), device) for f in fields(value) if f.init
+        }
+        if any(item is not getattr(value, name) for name, item in moved.items()):
+            return replace(value, **moved)
+    return value
+
+
+@contextmanager
+def unwrap_offload_forward(module: torch.nn.Module) -> Iterator[None]:
+    """Have the plain ``forward`` on a module inside the context.
+
+    What is assigned to ``module.forward`` meanwhile is the plain forward afterwards,
+    wrapped again. A module that is not offloaded is left alone.
+    """
+    plain = module.__dict__.get(_PLAIN_FORWARD)
+    if plain is None:
+        yield
+        return
+    before = _bound(plain, module)
+    module.forward = before
+    try:
+        yield
+    finally:
+        changed = module.__dict__.get("forward", before) is not before
+        if changed or "forward" not in module.__dict__:
+            had_own = changed
+            wrap_forward(module)
+            module.__dict__[_HAD_OWN_FORWARD] = had_own
+        else:
+            module.forward = _moving_inputs(plain).__get__(module)

@@ -1,0 +1,271 @@
+"""One entry of a module: its object for life, and what lies under that object now.
+
+An entry's Parameter or Buffer object never changes by itself. Only the memory beneath it
+comes and goes::
+
+    VACANT    nothing lies beneath; the value is in the backing
+    BENEATH   the backing's own memory does: a mapped file, or RAM on the same device
+    LOADED    a copy made from the backing: decoded, converted, or on another device
+    FRESH     a value that is newer than the backing, perhaps on its way to it
+    AS_IS     a value that is none of our business (a graph's output, a fake tensor)
+
+Memory is taken away from beneath an object only while nothing else can be using it,
+which is judged by use counts: of the Python object, of the tensor (autograd) and of its
+storage (views, ``.data``, numpy).
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+import weakref
+from typing import Any, Protocol
+
+import torch
+
+from diskoffload.store.writer import Ticket, digest_of
+
+
+class State(enum.Enum):
+    """What lies beneath an entry's object."""
+
+    VACANT = enum.auto()
+    BENEATH = enum.auto()
+    LOADED = enum.auto()
+    FRESH = enum.auto()
+    AS_IS = enum.auto()
+
+
+class Backing(Protocol):
+    """Where an entry's value is when it is offloaded. Never changes; thread-safe."""
+
+    @property
+    def memory(self) -> torch.Tensor | None:
+        """The memory in which the value waits, or ``None`` where it is on disk."""
+
+    @property
+    def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Element type and shape of the value."""
+
+    def beneath(self, device: torch.device) -> torch.Tensor | None:
+        """Give memory of the backing's own that may lie beneath an object on the device."""
+
+    def load(self, device: torch.device) -> torch.Tensor:
+        """Give the value in fresh memory on the device."""
+
+    def rewrite(self, name: str, value: torch.Tensor) -> Backing | Ticket:
+        """Take a newer value: at once (a new backing), or soon (a ticket)."""
+
+    def succeed(self, ticket: Ticket) -> Backing:
+        """Give the backing that holds what a ticket has stored."""
+
+    def was_edited(self, value: torch.Tensor) -> bool:
+        """Tell whether memory given by :meth:`beneath` was changed in place."""
+
+
+class Held:
+    """One entry. Guarded by its residency's lock, but for :attr:`tensor`, which is for life.
+
+    Attributes:
+        name: its full name in the model, as far as it is known.
+        tensor: the object for life; ``None`` until the first read of a lazy entry.
+        backing: where the value is when it is offloaded.
+        state: what lies beneath the object.
+        ticket: the write under way, if any.
+        bindings: every ``(published, key)`` that shows the object; ties have several.
+        keepers: how many ``disable_offloading`` contexts want it to stay.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_address",
+        "_digest",
+        "_template",
+        "backing",
+        "bindings",
+        "keepers",
+        "name",
+        "state",
+        "tensor",
+        "ticket",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        backing: Backing | None,
+        *,
+        tensor: torch.Tensor | None = None,
+        template: torch.Tensor | None = None,
+        state: State = State.VACANT,
+    ) -> None:
+        self.name = name
+        self.backing = backing
+        self.tensor = tensor
+        self.state = state
+        self.ticket: Ticket | None = None
+        self.bindings: list[tuple[dict[Any, torch.Tensor | None], Any]] = []
+        self.keepers = 0
+        self._template = template
+        self._digest = b""
+        self._address = 0
+        for shown in (tensor, template):
+            if shown is not None:
+                _by_object[id(shown)] = self
+
+    def __del__(self) -> None:
+        if self.ticket is not None:
+            self.ticket.cancelled = True
+
+    def __repr__(self) -> str:
+        return f"Held({self.name!r}, {self.state.name})"
+
+    @property
+    def offloaded(self) -> torch.Tensor:
+        """What stands for the entry when onloading is disabled."""
+        memory = self.backing.memory if self.backing is not None else self.tensor
+        if self.tensor is not None and memory is not None and self.state is not State.LOADED:
+            return self.tensor
+        if self._template is None or (self._template.is_meta and memory is not None):
+            assert self.tensor is not None  # a lazy entry was made from its template
+            shown = self.tensor.detach().to("meta") if memory is None else memory
+            self._template = object_like(self.tensor, shown)
+            _by_object[id(self._template)] = self
+        return self._template
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the value takes in memory."""
+        if self.backing is not None and self.state in (State.VACANT, State.LOADED):
+            dtype, shape = self.backing.layout
+            return torch.Size(shape).numel() * dtype.itemsize
+        assert self.tensor is not None
+        return self.tensor.numel() * self.tensor.dtype.itemsize
+
+    # ------------------------------------------------------------ what readers see
+
+    def publish(self) -> torch.Tensor:
+        """Let readers find the object without asking anyone."""
+        assert self.tensor is not None
+        for published, key in self.bindings:
+            published[key] = self.tensor
+        return self.tensor
+
+    def unpublish(self) -> None:
+        """Make readers come through the slow path, where the lock is."""
+        for published, key in self.bindings:
+            published.pop(key, None)
+
+    def bind(self, published: dict[Any, torch.Tensor | None], key: Any) -> None:
+        """Add a place that shows the entry."""
+        self.bindings.append((published, key))
+        if self.state is not State.VACANT and self.tensor is not None:
+            published[key] = self.tensor
+
+    def unbind(self, published: dict[Any, torch.Tensor | None], key: Any) -> None:
+        """Remove a place that shows the entry."""
+        self.bindings = [one for one in self.bindings if one[0] is not published or one[1] != key]
+        published.pop(key, None)
+
+    def unbind_all(self, published: dict[Any, torch.Tensor | None]) -> None:
+        """Remove every place in one dictionary."""
+        self.bindings = [one for one in self.bindings if one[0] is not published]
+
+    # ------------------------------------------------------------ what lies beneath
+
+    def lay(self, value: torch.Tensor, state: State) -> None:
+        """Put memory beneath the object; ``value``'s other users keep sharing it."""
+        if self.tensor is None:
+            assert self._template is not None
+            self.tensor = object_like(self._template, value)
+            _by_object[id(self.tensor)] = self
+        elif value is not self.tensor:
+            self.tensor.data = value.detach()
+        self.state = state
+        if state is State.BENEATH:
+            self._address = self.tensor.data_ptr()
+        elif state is State.LOADED:
+            self._digest = digest_of(self.tensor)
+
+    def vacate(self) -> None:
+        """Take the memory away. To be called on an unpublished, unheld entry only."""
+        assert self.tensor is not None
+        # No elements rather than no memory: a stray use is then a clear error, not a crash.
+        self.tensor.data = torch.empty(0, dtype=self.tensor.dtype, device=self.tensor.device)
+        self.state = State.VACANT
+
+    def is_unheld(self) -> bool:
+        """Whether nothing but the entry uses object and memory. Only true when unpublished."""
+        uses = list(self._uses())
+        if self.backing is not None and self.backing.memory is not None:
+            uses[2] -= self.state is State.BENEATH
+        return tuple(uses) == _UNHELD
+
+    def _uses(self) -> tuple[int, int, int, int]:
+        tensor = self.tensor
+        if tensor is None:
+            return _UNHELD
+        storage = tensor.untyped_storage()
+        return (
+            sys.getrefcount(tensor),
+            tensor._use_count(),  # type: ignore[attr-defined]
+            torch._C._storage_Use_Count(storage._cdata),
+            sys.getrefcount(storage),
+        )
+
+    def is_changed(self) -> bool:
+        """Whether the value differs from the backing's; costs a look at its bytes if LOADED."""
+        if self.state is State.VACANT or self.tensor is None:
+            return False
+        if self.state is State.AS_IS or self.backing is None:
+            return True
+        if self.state is State.FRESH:
+            return not self.is_stored()
+        if self.backing.layout != (self.tensor.dtype, tuple(self.tensor.shape)):
+            return True
+        if self.state is State.BENEATH:
+            moved = self.tensor.data_ptr() != self._address
+            return moved or self.backing.was_edited(self.tensor)
+        return digest_of(self.tensor) != self._digest
+
+    def is_stored(self) -> bool:
+        """Whether the write under way has ended and stored what the object holds now."""
+        ticket = self.ticket
+        if ticket is None or ticket.stored is None or self.tensor is None:
+            return False
+        now = (self.tensor.dtype, tuple(self.tensor.shape))
+        same = (ticket.stored.dtype, ticket.stored.shape) == now
+        return same and digest_of(self.tensor) == ticket.digest
+
+
+def object_like(template: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+    """Make an object of the template's class and attributes over ``data``'s memory."""
+    made: torch.Tensor
+    if isinstance(template, torch.nn.Parameter):
+        made = torch.nn.Parameter(data.detach(), requires_grad=template.requires_grad)
+    else:
+        made = data.detach()
+        made.requires_grad_(template.requires_grad)
+    if type(made) is not type(template):
+        made.__class__ = type(template)
+    if template.__dict__:
+        made.__dict__.update(template.__dict__)
+    return made
+
+
+def held_of(tensor: torch.Tensor) -> Held | None:
+    """Find the entry that an object, or what stands for it offloaded, belongs to."""
+    held = _by_object.get(id(tensor))
+    if held is not None and (held.tensor is tensor or held._template is tensor):
+        return held
+    return None
+
+
+# An object has one entry, whoever asks: this is how a tie is found when the second of two
+# modules is offloaded. Entries are owned by caches; this refers to them weakly.
+_by_object: weakref.WeakValueDictionary[int, Held] = weakref.WeakValueDictionary()
+
+# What the counts are when nobody holds the object differs between Python and torch
+# versions, so it is measured on an object that nobody holds.
+_UNHELD = (0, 0, 0, 0)
+_UNHELD = Held("", None, tensor=torch.nn.Parameter(torch.zeros(1)))._uses()

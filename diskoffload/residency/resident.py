@@ -1,0 +1,280 @@
+"""What is in memory: who may stay, who leaves first, and what must be written before.
+
+Every slow read and every assignment passes here. A read that finds its object in place
+does not.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+
+import torch
+
+from diskoffload.residency.headroom import Headroom
+from diskoffload.residency.held import Backing, Held, State
+from diskoffload.store.writer import Ticket
+
+_log = logging.getLogger(__name__)
+
+# Room left to the rest of the process when kept values grow: the smaller of these.
+_RESERVE_BYTES = 512 << 20
+_RESERVE_SHARE = 0.1
+# How many entries in use are looked at again per slow operation: keeps each one O(1).
+_LOOKS = 4
+
+
+class Residency:
+    """Keeps the books of one or several models' memory.
+
+    Loaded copies leave as soon as something else is loaded and nothing uses them, unless
+    a ``disable_offloading`` context keeps them. Kept ones stay within the budget: the
+    smaller of ``max_bytes`` and what the machine and its containers have left. If room is
+    short the one loaded first leaves first; what is in use stays whatever the budget,
+    because it is the user's.
+
+    Thread-safe.
+    """
+
+    def __init__(self, max_bytes: int | None = None, headroom: Headroom | None = None) -> None:
+        self.max_bytes = max_bytes
+        self.lock = threading.RLock()
+        self.evicted_count = 0
+        self.loaded_count = 0
+        self._headroom = headroom or Headroom()
+        self._loaded: weakref.WeakKeyDictionary[Held, int] = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakSet[Held] = weakref.WeakSet()
+        # What waits for something: a write to end (filled by the writer's thread), a
+        # written object's users to let go of it, a replaced object's users likewise.
+        self._arrived: deque[weakref.ref[Held]] = deque()
+        self._lingering: deque[weakref.ref[Held]] = deque()
+        self._parked: dict[Held, None] = {}
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of loaded copies, kept ones included."""
+        with self.lock:
+            return sum(self._loaded.values())
+
+    def loaded(self) -> list[Held]:
+        """List the entries with a loaded copy, the one loaded first at the head."""
+        with self.lock:
+            return list(self._loaded)
+
+    def entries(self) -> list[Held]:
+        """List every entry that is bound to a module."""
+        with self.lock:
+            return [held for held in self._known if held.bindings]
+
+    # ------------------------------------------------------------------ reading
+
+    def onload(self, held: Held, device: torch.device) -> torch.Tensor:
+        """Bring an entry's value beneath its object on a device, and publish it."""
+        with self.lock:
+            self._known.add(held)
+            self._settle()
+            if held.state is State.VACANT or self._is_elsewhere(held, device):
+                self._bring(held, device)
+            return held.publish()
+
+    def _is_elsewhere(self, held: Held, device: torch.device) -> bool:
+        if held.state is State.AS_IS or held.tensor is None or held.tensor.device == device:
+            return False
+        if held.tensor.device.type == device.type and device.index is None:
+            return False
+        self._write_back(held)
+        return held.backing is not None
+
+    def _bring(self, held: Held, device: torch.device) -> None:
+        backing = held.backing
+        assert backing is not None  # only AS_IS entries have none, and they are never vacant
+        value = None if held.state is State.FRESH else backing.beneath(device)
+        if value is not None:
+            held.lay(value, State.BENEATH)
+            return
+        if held.state is State.FRESH:
+            assert held.tensor is not None
+            held.lay(held.tensor.detach().to(device), State.FRESH)
+            return
+        dtype, shape = backing.layout
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        self.make_room(nbytes)
+        held.lay(backing.load(device), State.LOADED)
+        self._loaded[held] = nbytes
+        self.loaded_count += 1
+
+    # ------------------------------------------------------------------ leaving
+
+    def budget_bytes(self) -> int:
+        """Tell how many bytes of loaded copies may stay now."""
+        available = self._headroom.available_bytes()
+        reserve = min(_RESERVE_BYTES, int(self._headroom.limit_bytes() * _RESERVE_SHARE))
+        free = self.loaded_bytes + available - reserve
+        return max(0, free if self.max_bytes is None else min(free, self.max_bytes))
+
+    def make_room(self, nbytes: int) -> None:
+        """Let loaded copies leave until ``nbytes`` more fit the budget, as far as they can."""
+        with self.lock:
+            for held in list(self._loaded):
+                if not held.keepers:
+                    self.release(held)
+            # Asking the system costs a little, so only where something could leave.
+            if self._loaded and self.loaded_bytes + nbytes > self.budget_bytes():
+                for held in list(self._loaded):
+                    if self.loaded_bytes + nbytes <= self.budget_bytes():
+                        break
+                    self.evicted_count += self.release(held)
+
+    def release(self, held: Held) -> bool:
+        """Take a loaded copy's memory, unless something uses it; an edit is written first."""
+        with self.lock:
+            if held.state is not State.LOADED:
+                self._loaded.pop(held, None)
+                return False
+            held.unpublish()
+            if not held.is_unheld():
+                held.publish()
+                return False
+            self._loaded.pop(held, None)
+            if held.is_changed():
+                self._write_back(held)
+            if held.state is State.LOADED:
+                held.vacate()
+                return True
+            held.publish()  # readable until it is written
+            return False
+
+    def release_kept(self, kept: list[Held]) -> None:
+        """End one context's wish to keep these, and let go what nothing uses."""
+        with self.lock:
+            for held in kept:
+                held.keepers -= 1
+                if not held.keepers:
+                    self.release(held)
+
+    # ------------------------------------------------------------------ writing
+
+    def adopt(self, held: Held, *, write: bool) -> None:
+        """Keep an entry's books from now on; write its value behind the caller's back."""
+        with self.lock:
+            self._known.add(held)
+            self._settle()
+            if write:
+                self._write_back(held)
+
+    def _write_back(self, held: Held) -> None:
+        if held.state in (State.VACANT, State.AS_IS) or held.backing is None:
+            return
+        if held.state is State.BENEATH and not held.is_changed():
+            return
+        if held.state is State.LOADED and not held.is_changed():
+            held.state = State.VACANT
+            return
+        assert held.tensor is not None
+        if held.ticket is not None:
+            held.ticket.cancelled = True
+        outcome = held.backing.rewrite(held.name, held.tensor.detach())
+        held.state = State.FRESH
+        if isinstance(outcome, Ticket):
+            held.ticket = outcome
+            outcome.notify(partial(self._arrived.append, weakref.ref(held)))
+        else:
+            held.ticket = None
+            held.backing = outcome
+            value = outcome.beneath(held.tensor.device)
+            held.lay(held.tensor, State.BENEATH if value is not None else State.LOADED)
+
+    def update(self, held: Held, data: torch.Tensor, device: torch.device) -> None:
+        """Give an entry the value of ``data`` at this moment, as ``copy_`` would.
+
+        Raises:
+            RuntimeError: shapes that do not broadcast, as ``Tensor.copy_`` does.
+        """
+        with self.lock, torch.no_grad():
+            tensor = self.onload(held, device)
+            tensor.copy_(data)
+            if held.state is not State.AS_IS:
+                self._write_back(held)
+
+    def _settle(self) -> None:
+        """Act on writes that have ended, and look again at a few that were in use before."""
+        for waiting, most in ((self._arrived, len(self._arrived)), (self._lingering, _LOOKS)):
+            for _ in range(min(most, len(waiting))):
+                held = waiting.popleft()()
+                if held is not None and not self._settle_one(held):
+                    self._lingering.append(weakref.ref(held))
+        for held in list(islice(self._parked, _LOOKS)):
+            del self._parked[held]
+            self.park(held)
+
+    def _settle_one(self, held: Held) -> bool:
+        """Put the stored value beneath an object; tell whether nothing remains to be done."""
+        ticket = held.ticket
+        if held.state is not State.FRESH or ticket is None or ticket.stored is None:
+            return True
+        assert held.backing is not None
+        assert held.tensor is not None
+        held.unpublish()
+        if not held.is_unheld():
+            held.publish()
+            return False
+        if not held.is_stored():
+            self._write_back(held)
+            held.publish()
+            return True
+        held.backing, held.ticket = held.backing.succeed(ticket), None
+        value = held.backing.beneath(held.tensor.device)
+        if value is None:
+            held.vacate()
+        else:
+            held.lay(value, State.BENEATH)
+            held.publish()
+        return True
+
+    def park(self, held: Held) -> None:
+        """Remember an entry that no module shows now, for as long as its object is in use.
+
+        Whoever puts the object back (``torch.func.functional_call``) gets its entry back.
+        """
+        with self.lock:
+            if not held.bindings and not held.is_unheld():
+                self._parked[held] = None
+
+    def unpark(self, held: Held) -> None:
+        """Forget a parked entry because a module shows it again."""
+        with self.lock:
+            self._parked.pop(held, None)
+
+    def sync(self, flush: Callable[[], None]) -> None:
+        """Write what was changed in any way, and return when it is written.
+
+        Args:
+            flush: waits for the writes under way; raises their errors.
+        """
+        with self.lock:
+            for held in list(self._known):
+                if held.state is State.FRESH and held.ticket is not None:
+                    if held.ticket.stored is not None and not held.is_stored():
+                        self._write_back(held)
+                elif held.state is not State.LOADED or held.is_changed():
+                    self._write_back(held)
+            flush()
+            self._settle()
+
+
+def current_value(held: Held) -> tuple[Backing | None, torch.Tensor | None]:
+    """Tell where an entry's value is now: unchanged in its backing, or in its object only."""
+    if held.backing is not None and not held.is_changed():
+        if held.state is State.FRESH and held.ticket is not None:
+            return held.backing.succeed(held.ticket), None
+        return held.backing, None
+    return None, held.tensor
+
+
+default_residency = Residency()
+"""Memory is the process's, so one object watches all of it unless another is handed in."""
