@@ -88,6 +88,13 @@ def offload_module(
     return module
 
 
+def attach_caches(module: torch.nn.Module, parameters: OffloadCache, buffers: OffloadCache) -> None:
+    """Give a plain module the caches that take its dictionaries' place, and wrap its forward."""
+    module._parameters = parameters  # type: ignore[assignment]
+    module._buffers = buffers  # type: ignore[assignment]
+    wrap_forward(module)
+
+
 def reoffload_module(
     module: torch.nn.Module,
     onload_device: Device,

@@ -1,0 +1,314 @@
+"""Bind a model to a checkpoint where it lies: nothing is copied, nothing of the user's written."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diskoffload.cache.base import Device
+from diskoffload.cache.disk import DiskBacking, DiskCache
+from diskoffload.cache.ram import RamBacking
+from diskoffload.checkpoint.source import Checkpoint, listed
+from diskoffload.dispatch import dispatch_model
+from diskoffload.errors import (
+    AlreadyOffloadedError,
+    CheckpointMismatchError,
+    InvalidInputError,
+    UnsupportedTensorError,
+)
+from diskoffload.integrations.transformers import build_meta_model, require_pretrained
+from diskoffload.integrations.transformers_conversion import (
+    RecipeSet,
+    ShapeMismatch,
+    tensor_recipes,
+)
+from diskoffload.integrations.transformers_tensors import compute_tensors, untie
+from diskoffload.module import attach_caches, is_offloaded
+from diskoffload.planning import format_bytes, parse_bytes
+from diskoffload.residency.held import Held, State
+from diskoffload.residency.resident import Residency, default_residency
+from diskoffload.store.folder import Folder, open_folders
+from diskoffload.store.recipe import Recipe
+from diskoffload.store.stored import AssembledTensor, CastTensor, ShardTensor, Stored
+
+_log = logging.getLogger(__name__)
+_BINDING = "_offload_binding"
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What an opened model remembers of its checkpoint.
+
+    Attributes:
+        checkpoint: the source.
+        recipes: by a model tensor's name, how it is made of stored ones.
+        shapes: by the same name, the shape that is made.
+    """
+
+    checkpoint: Checkpoint
+    recipes: Mapping[str, Recipe]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
+        return self  # it never changes, and its files are open once
+
+
+def binding_of(model: torch.nn.Module) -> Binding | None:
+    """Give what a model opened from a checkpoint remembers of it."""
+    found = model.__dict__.get(_BINDING)
+    return found if isinstance(found, Binding) else None
+
+
+def open_checkpoint(
+    path: Path | str,
+    *,
+    model: torch.nn.Module | None = None,
+    offload_dir: Folder | Path | str | None = None,
+    onload_device: Device = "cpu",
+    dtype: torch.dtype | None = None,
+    max_memory: Mapping[Any, int | float | str] | int | str | None = None,
+    compression: str | None = None,
+) -> torch.nn.Module:
+    """Open a Hugging Face checkpoint where it lies, as a model whose weights stay on disk.
+
+    Only headers are read. Each weight is mapped when it is first used; on the CPU it
+    aliases the file's private mapping, so it costs no memory that the kernel cannot take
+    back, and an edit of it never reaches the file. What changes goes to ``offload_dir``.
+
+    Args:
+        path: a folder with ``model.safetensors`` or ``model.safetensors.index.json``, or
+            one safetensors file. It is never written to, and may be read-only.
+        model: a model built on the meta device, bound by its tensors' names; changed in
+            place. Without it the transformers class is built that ``config.json`` names
+            (extra ``transformers``).
+        offload_dir: folder for what changes; ``None`` takes a fresh temporary one that
+            goes with its owner.
+        onload_device: where modules run.
+        dtype: floating dtype of the model's weights; others are converted at each onload,
+            the source stays as it is. ``None`` keeps the checkpoint's, or ``model``'s.
+        max_memory: bytes for copies in RAM (weights that must be converted or decoded and
+            are kept), as a number, a text, or ``{"cpu": "8GiB"}``; by default what is
+            available. If it names accelerators, ``{0: "20GiB", "cpu": "8GiB"}``, the model
+            is dispatched over them.
+        compression: ``None`` or ``"zstd"``, for what is written to ``offload_dir``.
+
+    Returns:
+        The model, in eval mode if it was built here. It owns the folder and the mappings.
+
+    Raises:
+        CheckpointError: no such checkpoint, or an incomplete one.
+        CheckpointMismatchError: tensors are missing, unexpected or of another shape; one
+            message names them all.
+        DamagedFileError: a file breaks its format.
+        AlreadyOffloadedError: ``model`` is offloaded.
+        MissingExtraError: transformers is needed and absent. Nothing was written.
+    """
+    checkpoint = Checkpoint(path)
+    if model is None:
+        model = build_meta_model(checkpoint.folder, dtype=dtype)
+        found = _transformers_recipes(model, checkpoint)
+    else:
+        _check_plain(model)
+        if dtype is not None:
+            model.to(dtype)  # on the meta device this moves nothing
+        found = _recipes(model, checkpoint)
+    _refuse_misfits(checkpoint, found)
+    budgets = {"cpu": max_memory} if isinstance(max_memory, (int, str)) else dict(max_memory or {})
+    ram = budgets.get("cpu")
+    residency = default_residency if ram is None else Residency(parse_bytes(ram))
+    folder = open_folders.at(offload_dir)
+    _bind(model, checkpoint, found, DiskCacheOptions(onload_device, folder, compression, residency))
+    _log.info(
+        "opened %s: %d tensors, %s in %d shards, mapped where they lie; copies in RAM: %s; "
+        "changes go to %s",
+        checkpoint.path,
+        len(checkpoint.tensors),
+        format_bytes(checkpoint.size_bytes),
+        len(checkpoint.shards),
+        "what is available" if ram is None else format_bytes(parse_bytes(ram)),
+        folder.path,
+    )
+    if set(budgets) - {"cpu", "disk"}:
+        dispatch_model(model, max_memory=budgets, offload_dir=folder, compression=compression)
+    return model
+
+
+@dataclass(frozen=True)
+class DiskCacheOptions:
+    """How the caches of an opened model are made."""
+
+    onload_device: Device
+    folder: Folder
+    compression: str | None
+    residency: Residency
+
+    def cache(self, name: str) -> DiskCache:
+        """Make an empty cache for the module of that name."""
+        return DiskCache(
+            self.onload_device,
+            offload_dir=self.folder,
+            compression=self.compression,
+            name=name,
+            residency=self.residency,
+        )
+
+
+# ---------------------------------------------------------------------- what fills what
+
+
+def _check_plain(model: torch.nn.Module) -> None:
+    offloaded = [name for name, module in model.named_modules() if is_offloaded(module)]
+    if offloaded:
+        raise AlreadyOffloadedError(
+            f"{len(offloaded)} modules of the model are offloaded already, {offloaded[0]!r} among "
+            "them; give a model built on the meta device (with torch.device('meta'): ...)"
+        )
+
+
+def _transformers_recipes(model: torch.nn.Module, checkpoint: Checkpoint) -> RecipeSet:
+    found = tensor_recipes(model, checkpoint.tensors)
+    for name, duplicate in found.duplicates.items():
+        first = _stored(found.recipes[found.ties[name]], checkpoint, None, ())
+        second = _stored(duplicate, checkpoint, None, ())
+        if not _same_value(first, second):
+            untie(model, name)
+            found.recipes[name] = duplicate
+    if found.to_compute:
+        compute_tensors(model, found.to_compute)
+    return found
+
+
+def _same_value(first: Stored, second: Stored) -> bool:
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    tensors = [stored.mapped() for stored in (first, second)]
+    loaded = [s.load() if t is None else t for s, t in zip((first, second), tensors, strict=True)]
+    return torch.equal(*loaded)
+
+
+def _recipes(model: torch.nn.Module, checkpoint: Checkpoint) -> RecipeSet:
+    try:
+        require_pretrained(model)
+    except (InvalidInputError, ImportError):
+        return _recipes_by_name(model, checkpoint)
+    return _transformers_recipes(model, checkpoint)
+
+
+def _recipes_by_name(model: torch.nn.Module, checkpoint: Checkpoint) -> RecipeSet:
+    """Match equal names; of a tie, any name will do."""
+    found = RecipeSet()
+    tensors = model.state_dict(keep_vars=True)
+    names_of: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names_of.setdefault(id(tensor), []).append(name)
+    used: set[str] = set()
+    for names in names_of.values():
+        tensor = tensors[names[0]]
+        there = [name for name in names if name in checkpoint.tensors]
+        used.update(there)
+        if there:
+            shape = tuple(checkpoint.tensors[there[0]].shape)
+            if shape != tuple(tensor.shape):
+                found.mismatched.append(ShapeMismatch(there[0], tuple(tensor.shape), shape))
+            found.recipes[there[0]] = Recipe.whole(there[0])
+        elif tensor.is_meta:
+            found.missing.append(names[0])
+    for name, tensor in model.named_buffers():
+        if name not in tensors and tensor.is_meta:
+            found.missing.append(f"{name} (a buffer that no checkpoint has: build it on the CPU)")
+    found.unexpected = [name for name in checkpoint.tensors if name not in used]
+    return found
+
+
+def _refuse_misfits(checkpoint: Checkpoint, found: RecipeSet) -> None:
+    faults = []
+    if found.missing:
+        faults.append(f"{len(found.missing)} missing: {listed(found.missing)}")
+    if found.mismatched:
+        shapes = [
+            f"{one.name} ({list(one.stored_shape)} in the checkpoint, {list(one.model_shape)} "
+            "in the model)"
+            for one in found.mismatched
+        ]
+        faults.append(f"{len(shapes)} of another shape: {listed(shapes)}")
+    if found.unexpected:
+        faults.append(f"{len(found.unexpected)} unexpected: {listed(found.unexpected)}")
+    if faults:
+        raise CheckpointMismatchError(
+            f"{checkpoint.path} and the model do not fit; tensors " + "; ".join(faults) + "; "
+            "open it with the model it was saved from"
+        )
+    if found.unsupported:
+        lines = [f"{name} ({why})" for name, why in found.unsupported.items()]
+        raise UnsupportedTensorError(
+            f"{checkpoint.path}: {len(lines)} tensors cannot be read where they lie: "
+            f"{listed(lines)}; load the model with transformers and offload it with "
+            "diskoffload.offload_model(model, 'cpu', 'disk', offload_dir=...)"
+        )
+
+
+# ---------------------------------------------------------------------- binding
+
+
+def _stored(
+    recipe: Recipe, checkpoint: Checkpoint, dtype: torch.dtype | None, shape: tuple[int, ...]
+) -> Stored:
+    if recipe.is_whole:
+        whole = checkpoint.tensors[recipe.pieces[0].source]
+        return whole if dtype in (None, whole.dtype) else CastTensor(whole, dtype)
+    pieces = []
+    for piece in recipe.pieces:
+        source = checkpoint.tensors[piece.source]
+        if not isinstance(source, ShardTensor):
+            raise UnsupportedTensorError(
+                f"{checkpoint.path}: {piece.source!r} is compressed and a part of a fused "
+                "tensor; unpack the checkpoint first"
+            )
+        pieces.append((piece, source))
+    return AssembledTensor(pieces, dtype or pieces[0][1].dtype, shape)
+
+
+def _bind(
+    model: torch.nn.Module, checkpoint: Checkpoint, found: RecipeSet, options: DiskCacheOptions
+) -> None:
+    names: dict[int, str] = {}
+    tensors = model.state_dict(keep_vars=True)
+    for name in found.recipes:
+        names.setdefault(id(tensors[name]), name)
+    made: dict[int, Held] = {}
+
+    def held_for(tensor: torch.Tensor, full_name: str) -> Held:
+        known = made.get(id(tensor))
+        if known is not None:
+            return known
+        name = names.get(id(tensor))
+        if name is None:
+            # A table that no checkpoint has: small, real, and nobody's file.
+            held = Held(full_name, RamBacking(tensor), tensor=tensor, state=State.VACANT)
+            held.lay(tensor, State.BENEATH)
+        else:
+            recipe = found.recipes[name]
+            stored = _stored(recipe, checkpoint, tensor.dtype, tuple(tensor.shape))
+            backing = DiskBacking(options.folder, options.compression, stored)
+            held = Held(name, backing, template=tensor)
+        made[id(tensor)] = held
+        return held
+
+    for prefix, module in model.named_modules():
+        caches = []
+        for mapping in (module._parameters, module._buffers):
+            cache = options.cache(prefix)
+            for key, tensor in mapping.items():
+                if tensor is None:
+                    cache[key] = None
+                else:
+                    cache.bind_lazily(key, held_for(tensor, f"{prefix}.{key}" if prefix else key))
+            caches.append(cache)
+        attach_caches(module, *caches)
+    shapes = {name: tuple(tensors[name].shape) for name in found.recipes}
+    model.__dict__[_BINDING] = Binding(checkpoint, dict(found.recipes), shapes)
