@@ -13,6 +13,7 @@ from diskoffload.errors import DamagedFileError, StorageError
 from diskoffload.store.header import (
     FILLER_PREFIX,
     LENGTH_BYTES,
+    Header,
     Planned,
     StoredSpec,
     build_header,
@@ -100,6 +101,16 @@ class Shard:
         """Read bytes of a tensor, from its byte ``start`` on, into ``target``."""
         self._files.read_into(self._fd, target, spec.offset + start, self.path)
 
+    def prefetch(self, spec: StoredSpec) -> None:
+        """Ask the kernel to read a tensor ahead of its use."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, spec.offset, spec.nbytes, os.POSIX_FADV_WILLNEED)
+
+    def drop_behind(self, spec: StoredSpec) -> None:
+        """Tell the kernel that a tensor's pages are of no more use; a hint, no promise."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, spec.offset, spec.nbytes, os.POSIX_FADV_DONTNEED)
+
     def copy_to(self, spec: StoredSpec, writer: ShardWriter, name: str) -> None:
         """Copy a tensor's bytes into a file being written, inside the kernel."""
         self.check_unchanged()
@@ -135,24 +146,65 @@ class ShardWriter:
             UnsupportedTensorError: a dtype that safetensors does not know.
             StorageError: the file cannot be created or written.
         """
-        raw, self.header = build_header(tensors, metadata, fill=fill)
-        self.path = path
-        self.written_bytes = 0
-        self._files = files
-        self._partial = path.with_name(path.name + ".partial")
-        self._missing = {
-            name
-            for name, spec in self.header.specs.items()
-            if spec.nbytes and not name.startswith(FILLER_PREFIX)
-        }
-        self._since_flush_bytes = 0
-        self._fd = files.create(self._partial)
+        raw, header = build_header(tensors, metadata, fill=fill)
+        partial = path.with_name(path.name + ".partial")
+        self._set_up(path, header, files, files.create(partial))
         try:
             self._put(memoryview(raw), 0)
             files.set_size(self._fd, self.header.file_bytes, self._partial)
         except BaseException:
             self.abandon()
             raise
+
+    @classmethod
+    def resumed(
+        cls,
+        path: Path,
+        tensors: Iterable[Planned],
+        files: Files,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        finished: set[str],
+    ) -> ShardWriter:
+        """Go on with a file that :meth:`suspend` left, or begin it.
+
+        Args:
+            path: as for the constructor.
+            tensors: as for the constructor; the same as before.
+            files: as for the constructor.
+            metadata: as for the constructor; the same as before.
+            finished: names of tensors whose bytes are in the file already.
+        """
+        planned = list(tensors)
+        raw, header = build_header(planned, metadata)
+        partial = path.with_name(path.name + ".partial")
+        names = finished & header.specs.keys()
+        if not names or not files.begins_with(partial, raw, header.file_bytes):
+            if names:
+                raise DamagedFileError(
+                    f"{partial} is not the file that was begun, and {len(names)} tensors of it "
+                    "are noted as written; remove its folder and begin anew"
+                )
+            files.remove(partial)
+            return cls(path, planned, files, metadata)
+        made = cls.__new__(cls)
+        made._set_up(path, header, files, files.open_for_writing(partial))
+        made._missing -= names
+        return made
+
+    def _set_up(self, path: Path, header: Header, files: Files, fd: int) -> None:
+        self.path = path
+        self.header = header
+        self.written_bytes = 0
+        self._files = files
+        self._partial = path.with_name(path.name + ".partial")
+        self._missing = {
+            name
+            for name, spec in header.specs.items()
+            if spec.nbytes and not name.startswith(FILLER_PREFIX)
+        }
+        self._since_flush_bytes = 0
+        self._fd = fd
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -231,6 +283,12 @@ class ShardWriter:
         if durable:
             self._files.sync_folder(self.path.parent)
         return self.path
+
+    def suspend(self) -> None:
+        """Make what was written so far durable and leave it, for :meth:`resumed`."""
+        self._files.sync(self._fd, self._partial)
+        fd, self._fd = self._fd, -1
+        self._files.close(fd)
 
     def abandon(self) -> None:
         """Remove what was written, unless it was published."""

@@ -66,6 +66,23 @@ class Files:
         with naming_faults("create the file", path):
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
+    def open_for_writing(self, path: Path) -> int:
+        """Open an existing file for reading and writing."""
+        with naming_faults("open the file for writing", path):
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+    def begins_with(self, path: Path, prefix: bytes, nbytes: int) -> bool:
+        """Tell whether there is a file of that length that begins with those bytes."""
+        if not path.exists() or path.stat().st_size != nbytes:
+            return False
+        fd = self.open_for_reading(path)
+        try:
+            found = bytearray(len(prefix))
+            self.read_into(fd, memoryview(found), 0, path)
+        finally:
+            self.close(fd)
+        return bytes(found) == prefix
+
     def close(self, fd: int) -> None:
         """Close a descriptor."""
         os.close(fd)
