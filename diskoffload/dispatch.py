@@ -329,10 +329,10 @@ def offload_model(
         show_progress=False,
         compression=compression,
     )
-    size = sum(size.size_bytes for size in module_sizes(model))
+    tensors = dict(tensor for size in module_sizes(model) for tensor in size.tensors)
     _log.info(
         "offloading: %s wait on %s, each layer runs on %s as it is needed",
-        format_bytes(size),
+        format_bytes(sum(tensors.values())),
         offload_device,
         onload_device,
     )

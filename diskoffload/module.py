@@ -112,6 +112,7 @@ def reoffload_module(
         offload_dir = cache.folder if offload_dir is None else offload_dir
         kwargs["compression"] = kwargs.get("compression") or cache.compression
     kwargs["name"] = kwargs.get("name") or cache.name
+    kwargs["residency"] = kwargs.get("residency") or cache.residency
     _replace_caches(module, onload_device, offload_device, offload_dir=offload_dir, **kwargs)
 
 

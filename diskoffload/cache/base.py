@@ -164,6 +164,9 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
     def _accepts(self, held: Held) -> bool:
         """Tell whether an entry's backing is already of this cache's kind."""
 
+    def _rebase(self, held: Held) -> None:
+        """Have later changes of an entry whose value stays where it is go where ours go."""
+
     @abstractmethod
     def _move_in(self, held: Held) -> None:
         """Move the value of an onloaded entry to where this cache keeps it."""
@@ -324,6 +327,8 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
             with self.residency.lock:
                 self.residency.onload(held, self.onload_device)
                 self._move_in(held)
+        elif held.backing is not None:
+            self._rebase(held)
         self._show(key, held)
 
     def _show(self, key: Any, held: Held) -> None:

@@ -12,6 +12,7 @@ from diskoffload.residency.held import Backing, Held, State
 from diskoffload.residency.resident import Residency
 from diskoffload.store.codec import codec_named
 from diskoffload.store.folder import Folder, open_folders
+from diskoffload.store.header import ALIGNMENT_BYTES
 from diskoffload.store.shard import tensor_bytes
 from diskoffload.store.stored import Stored
 from diskoffload.store.writer import Ticket
@@ -29,10 +30,22 @@ class DiskBacking:
         compression: str | None,
         stored: Stored | None,
         layout: tuple[torch.dtype, tuple[int, ...]] | None = None,
+        *,
+        align: bool = False,
     ) -> None:
+        """Describe where a value is.
+
+        Args:
+            folder: where a newer value goes.
+            compression: how that is written.
+            stored: the value, or ``None`` while it is only in its object.
+            layout: dtype and shape, needed while nothing is stored.
+            align: copy a value that lies at no multiple of 64 bytes rather than map it.
+        """
         self.folder = folder
         self.compression = compression
         self.stored = stored
+        self.align = align
         if layout is None:
             assert stored is not None  # only a value not written yet has no place
             layout = (stored.dtype, stored.shape)
@@ -42,7 +55,10 @@ class DiskBacking:
         """Alias the mapped file, for the CPU and where its bytes are the value."""
         if device.type != "cpu" or self.stored is None:
             return None
-        return self.stored.mapped()
+        mapped = self.stored.mapped()
+        if self.align and mapped is not None and mapped.data_ptr() % ALIGNMENT_BYTES:
+            return None
+        return mapped
 
     def load(self, device: torch.device) -> torch.Tensor:
         """Read, decode or assemble the value, and copy it to the device."""
@@ -55,7 +71,11 @@ class DiskBacking:
 
     def succeed(self, ticket: Ticket) -> Backing:
         """Refer to what the ticket has stored."""
-        return DiskBacking(self.folder, self.compression, ticket.stored)
+        return DiskBacking(self.folder, self.compression, ticket.stored, align=self.align)
+
+    def rebased(self, folder: Folder, compression: str | None) -> DiskBacking:
+        """Refer to the same value, with another place for newer ones."""
+        return DiskBacking(folder, compression, self.stored, self.layout, align=self.align)
 
     def was_edited(self, value: torch.Tensor) -> bool:
         """Find edits of a mapped value: the kernel says which pages were written.
@@ -180,6 +200,11 @@ class DiskCache(OffloadCache, kind="disk"):
 
     def _accepts(self, held: Held) -> bool:
         return isinstance(held.backing, DiskBacking)
+
+    def _rebase(self, held: Held) -> None:
+        backing = held.backing
+        assert isinstance(backing, DiskBacking)  # it was accepted
+        held.backing = backing.rebased(self.folder, self.compression)
 
     def _move_in(self, held: Held) -> None:
         assert held.tensor is not None  # it was onloaded

@@ -73,6 +73,7 @@ def open_checkpoint(
     dtype: torch.dtype | None = None,
     max_memory: Mapping[Any, int | float | str] | int | str | None = None,
     compression: str | None = None,
+    align: bool = False,
 ) -> torch.nn.Module:
     """Open a Hugging Face checkpoint where it lies, as a model whose weights stay on disk.
 
@@ -96,6 +97,9 @@ def open_checkpoint(
             available. If it names accelerators, ``{0: "20GiB", "cpu": "8GiB"}``, the model
             is dispatched over them.
         compression: ``None`` or ``"zstd"``, for what is written to ``offload_dir``.
+        align: copy weights that the file does not align to 64 bytes when they are used,
+            rather than map them. Values are the same either way; the last bits of sums may
+            differ, because kernels take another path for unaligned memory.
 
     Returns:
         The model, in eval mode if it was built here. It owns the folder and the mappings.
@@ -122,7 +126,8 @@ def open_checkpoint(
     ram = budgets.get("cpu")
     residency = default_residency if ram is None else Residency(parse_bytes(ram))
     folder = open_folders.at(offload_dir)
-    _bind(model, checkpoint, found, DiskCacheOptions(onload_device, folder, compression, residency))
+    options = _CacheOptions(onload_device, folder, compression, residency, align)
+    _bind(model, checkpoint, found, options)
     _log.info(
         "opened %s: %d tensors, %s in %d shards, mapped where they lie; copies in RAM: %s; "
         "changes go to %s",
@@ -139,13 +144,14 @@ def open_checkpoint(
 
 
 @dataclass(frozen=True)
-class DiskCacheOptions:
+class _CacheOptions:
     """How the caches of an opened model are made."""
 
     onload_device: Device
     folder: Folder
     compression: str | None
     residency: Residency
+    align: bool
 
     def cache(self, name: str) -> DiskCache:
         """Make an empty cache for the module of that name."""
@@ -274,7 +280,7 @@ def _stored(
 
 
 def _bind(
-    model: torch.nn.Module, checkpoint: Checkpoint, found: RecipeSet, options: DiskCacheOptions
+    model: torch.nn.Module, checkpoint: Checkpoint, found: RecipeSet, options: _CacheOptions
 ) -> None:
     names: dict[int, str] = {}
     tensors = model.state_dict(keep_vars=True)
@@ -294,7 +300,7 @@ def _bind(
         else:
             recipe = found.recipes[name]
             stored = _stored(recipe, checkpoint, tensor.dtype, tuple(tensor.shape))
-            backing = DiskBacking(options.folder, options.compression, stored)
+            backing = DiskBacking(options.folder, options.compression, stored, align=options.align)
             held = Held(name, backing, template=tensor)
         made[id(tensor)] = held
         return held
