@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from diskoffload.cache.base import Device, OffloadCache
 from diskoffload.cache.modes import disable_onloading
@@ -23,6 +22,7 @@ from diskoffload.module import (
     reoffload_module,
 )
 from diskoffload.planning import ModuleSize, Plan, format_bytes, parse_max_memory, plan_dispatch
+from diskoffload.progress import count_bar
 from diskoffload.residency.headroom import Headroom
 from diskoffload.store.folder import Folder, open_folders
 from diskoffload.system.files import free_bytes
@@ -263,21 +263,21 @@ def dispatch_with_map(
         )
     done: set[int] = set()
     folder: Folder | None = None
-    for name, (onload, offload) in tqdm(
-        device_map.items(), desc="Dispatching", unit="module", disable=not show_progress
-    ):
-        module = modules[name]
-        if offload is None or id(module) in done:
-            continue
-        done.add(id(module))
-        options: dict[str, Any] = {"name": name}
-        if offload == "disk":
-            on_disk = cache_of(module)
-            if offload_dir is not None or on_disk is None or on_disk.offload_device != "disk":
-                folder = folder or open_folders.at(offload_dir)
-                options["offload_dir"] = folder
-            options["compression"] = compression
-        reoffload_module(module, onload, offload, **options)
+    with count_bar(len(device_map), "Dispatching", "module", show=show_progress) as bar:
+        for name, (onload, offload) in device_map.items():
+            bar.update()
+            module = modules[name]
+            if offload is None or id(module) in done:
+                continue
+            done.add(id(module))
+            options: dict[str, Any] = {"name": name}
+            if offload == "disk":
+                on_disk = cache_of(module)
+                if offload_dir is not None or on_disk is None or on_disk.offload_device != "disk":
+                    folder = folder or open_folders.at(offload_dir)
+                    options["offload_dir"] = folder
+                options["compression"] = compression
+            reoffload_module(module, onload, offload, **options)
 
 
 def get_device_map(

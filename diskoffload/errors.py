@@ -25,6 +25,10 @@ found and what to do about it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+_MOST_NAMED = 20
+
 
 class OffloadError(Exception):
     """Root of every exception that diskoffload raises on purpose."""
@@ -84,3 +88,9 @@ class CheckpointError(StorageError, ValueError):
 
 class CheckpointMismatchError(CheckpointError):
     """A checkpoint and a model name different tensors, shapes or dtypes."""
+
+
+def listed(names: Sequence[str]) -> str:
+    """Name the first few of many for a message, and say how many more there are."""
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from diskoffload.budget import format_bytes, parse_bytes
 from diskoffload.checkpoint.layout import Layout, lay_out
@@ -31,6 +30,7 @@ from diskoffload.errors import (
 )
 from diskoffload.integrations.quantization import Scheme, already_quantized, scheme_named
 from diskoffload.integrations.quantization_targets import Targets, find_targets
+from diskoffload.progress import byte_bar
 from diskoffload.store.header import Planned
 from diskoffload.store.shard import ShardWriter, tensor_bytes
 from diskoffload.store.stored import EncodedTensor, ShardTensor
@@ -184,15 +184,8 @@ def quantize_checkpoint(
         partial,
     )
     resumed = len(state.done)
-    bar = tqdm(
-        total=job.plan.read_bytes,
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        desc=f"Quantizing to {job.scheme.name}",
-        disable=not show_progress,
-    )
-    with bar:
+    title = f"Quantizing to {job.scheme.name}"
+    with byte_bar(job.plan.read_bytes, title, show=show_progress) as bar:
         _Work(job, partial, state).run(bar, stop)
     _finish(job, partial, target, state)
     return QuantizeResult(job.plan, target, resumed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, ItemsView, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager
@@ -11,8 +12,8 @@ import torch
 
 from diskoffload.cache import modes
 from diskoffload.errors import InvalidInputError, NotOffloadedError
-from diskoffload.residency.held import Backing, Held, State, held_of
-from diskoffload.residency.resident import Residency, default_residency
+from diskoffload.residency.held import Backing, Held, State, held_of, object_like
+from diskoffload.residency.resident import Residency, current_value, default_residency
 
 Device = torch.device | str | int
 _Cache = TypeVar("_Cache", bound="OffloadCache")
@@ -157,6 +158,10 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
         """Give an offloaded tensor a new value, taken at the call."""
 
     @abstractmethod
+    def _like(self) -> OffloadCache:
+        """Give an empty cache that offloads as this one does."""
+
+    @abstractmethod
     def _back(self, tensor: torch.Tensor) -> tuple[Backing, State, bool]:
         """Say what backs a new tensor, what state that is, and whether to write it out."""
 
@@ -226,6 +231,21 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
     def copy(self) -> dict[Any, torch.Tensor | None]:
         """Give a plain dictionary of the onloaded entries, as ``dict.copy`` would."""
         return dict(self.items())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OffloadCache:
+        """Copy the cache; what is unchanged on disk is read from there, not copied."""
+        made = self._like()
+        memo[id(self)] = made
+        with self.residency.lock:
+            for key, held in self._held.items():
+                if held is None:
+                    made[key] = None
+                    continue
+                twin = memo.get(id(held))
+                if twin is None:
+                    twin = memo[id(held)] = made._twin(key, held, memo)
+                made._show(key, twin)
+        return made
 
     def __repr__(self) -> str:
         return (
@@ -317,6 +337,21 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
         held.lay(value, state)
         self.residency.adopt(held, write=write)
         return held
+
+    def _twin(self, key: Any, held: Held, memo: dict[int, Any]) -> Held:
+        backing, changed = current_value(held)
+        twin = None if backing is None else backing.twin(memo)
+        if twin is not None:
+            template = copy.deepcopy(held.offloaded)
+            vacant = object_like(template, torch.empty(0, dtype=template.dtype))
+            made = Held(held.name, twin, tensor=vacant, template=template)
+        else:
+            value = changed if changed is not None else held.tensor
+            assert value is not None  # what has no twin has its value in its object
+            made = self._new(key, copy.deepcopy(value, memo))
+        if held.tensor is not None:
+            memo[id(held.tensor)] = made.tensor
+        return made
 
     def _take_over(self, key: Any, held: Held | None) -> None:
         """Bind an entry of another cache, and move its value to where this cache keeps it."""

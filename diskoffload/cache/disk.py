@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from diskoffload.residency.resident import Residency
 from diskoffload.store.codec import codec_named
 from diskoffload.store.folder import Folder, open_folders
 from diskoffload.store.header import ALIGNMENT_BYTES
-from diskoffload.store.shard import tensor_bytes
+from diskoffload.store.shard import Shard, tensor_bytes
 from diskoffload.store.stored import Stored
 from diskoffload.store.writer import Ticket
 from diskoffload.system.memory import PAGE_BYTES, empty, written_pages
@@ -76,6 +77,19 @@ class DiskBacking:
     def rebased(self, folder: Folder, compression: str | None) -> DiskBacking:
         """Refer to the same value, with another place for newer ones."""
         return DiskBacking(folder, compression, self.stored, self.layout, align=self.align)
+
+    def twin(self, memo: dict[int, Any]) -> Backing | None:
+        """Refer to the same file through a mapping of its own."""
+        if self.stored is None:
+            return None
+
+        def twin_of(shard: Shard) -> Shard:
+            made: Shard = memo.setdefault(id(shard), None) or shard.twin()
+            memo[id(shard)] = made
+            return made
+
+        stored = self.stored.over(twin_of)
+        return DiskBacking(self.folder, self.compression, stored, align=self.align)
 
     def was_edited(self, value: torch.Tensor) -> bool:
         """Find edits of a mapped value: the kernel says which pages were written.
@@ -191,6 +205,15 @@ class DiskCache(OffloadCache, kind="disk"):
                 tries again.
         """
         self.residency.sync(self.folder.flush)
+
+    def _like(self) -> DiskCache:
+        return DiskCache(
+            self.onload_device,
+            offload_dir=self.folder,
+            compression=self.compression,
+            name=self.name,
+            residency=self.residency,
+        )
 
     def _back(self, tensor: torch.Tensor) -> tuple[Backing, State, bool]:
         if tensor.device.type == "meta":

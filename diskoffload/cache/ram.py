@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from diskoffload.cache.base import OffloadCache
@@ -44,6 +46,10 @@ class RamBacking:
         """Stay: no value of ours is ever written."""
         return self
 
+    def twin(self, memo: dict[int, Any]) -> Backing | None:
+        """Answer ``None``: what is in RAM must be copied."""
+        return None
+
     def was_edited(self, value: torch.Tensor) -> bool:
         """Answer no: an edit of the memory is an edit of the offloaded value."""
         return False
@@ -66,6 +72,11 @@ class RamCache(OffloadCache):
         """Copy ``data`` into the offloaded tensor; ``None`` does nothing."""
         if data is not None:
             self.residency.update(self._entry(offloaded), data, self.onload_device)
+
+    def _like(self) -> RamCache:
+        return type(self)(
+            self.onload_device, self.offload_device, name=self.name, residency=self.residency
+        )
 
     def _place(self) -> torch.device:
         return torch.device(self.offload_device)

@@ -13,13 +13,14 @@ import torch
 from diskoffload.cache.base import Device
 from diskoffload.cache.disk import DiskBacking, DiskCache
 from diskoffload.cache.ram import RamBacking
-from diskoffload.checkpoint.source import Checkpoint, listed
+from diskoffload.checkpoint.source import Checkpoint
 from diskoffload.dispatch import dispatch_model
 from diskoffload.errors import (
     AlreadyOffloadedError,
     CheckpointMismatchError,
     InvalidInputError,
     UnsupportedTensorError,
+    listed,
 )
 from diskoffload.integrations.transformers import build_meta_model, require_pretrained
 from diskoffload.integrations.transformers_conversion import (

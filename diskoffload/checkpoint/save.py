@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from diskoffload.cache.base import OffloadCache
 from diskoffload.cache.disk import DiskBacking
@@ -18,6 +17,7 @@ from diskoffload.checkpoint.open import Binding, binding_of
 from diskoffload.checkpoint.publish import check_space, copy_side_files, new_folder, write_text
 from diskoffload.errors import InvalidInputError, UnsupportedTensorError
 from diskoffload.planning import format_bytes, parse_bytes
+from diskoffload.progress import byte_bar
 from diskoffload.residency.held import Held
 from diskoffload.residency.resident import current_value
 from diskoffload.store.header import DTYPE_NAMES, Planned
@@ -73,15 +73,7 @@ def save_checkpoint(
     files = Files()
     with new_folder(path, files, overwrite=overwrite) as folder:
         check_space(path, layout.size_bytes)
-        bar = tqdm(
-            total=layout.size_bytes,
-            unit="B",
-            unit_scale=True,
-            unit_divisor=1024,
-            desc="Saving",
-            disable=not show_progress,
-        )
-        with bar:
+        with byte_bar(layout.size_bytes, "Saving", show=show_progress) as bar:
             for file, planned in layout.files.items():
                 with ShardWriter(folder / file, planned, files, {"format": "pt"}) as writer:
                     for name, spec in writer.header.specs.items():

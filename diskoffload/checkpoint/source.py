@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
-from diskoffload.errors import CheckpointError, OffloadError
+from diskoffload.errors import CheckpointError, OffloadError, listed
 from diskoffload.store.shard import Shard
 from diskoffload.store.stored import EncodedTensor, ShardTensor, stored_tensors
 from diskoffload.system.files import Files
@@ -17,7 +17,6 @@ INDEX_NAME = f"model{INDEX_SUFFIX}"
 CONFIG_NAME = "config.json"
 # More than any real index or config; a hostile one is refused before it is parsed.
 _MAX_JSON_BYTES = 256 << 20
-_MOST_NAMED = 20
 
 
 class Checkpoint:
@@ -145,9 +144,3 @@ def _refuse(path: Path, candidates: list[Path]) -> NoReturn:
         else "a checkpoint has model.safetensors or model.safetensors.index.json"
     )
     raise CheckpointError(f"{path} is not a checkpoint: {hint}")
-
-
-def listed(names: list[str]) -> str:
-    """Name the first few of many, and say how many more there are."""
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more

@@ -283,14 +283,14 @@ class _Scratch:
 _BY_NAME = {
     scheme.name: scheme
     for scheme in (
-        Scheme("W8A16", 8, "int", None, "pack-quantized", dynamic_activations=False),
+        Scheme("W8A16", 8, "int", 128, "pack-quantized", dynamic_activations=False),
         Scheme("W4A16", 4, "int", 128, "pack-quantized", dynamic_activations=False),
         Scheme("FP8", 8, "float", None, "float-quantized", dynamic_activations=True),
     )
 }
 
-#: The names that :func:`scheme_named` knows. ``W8A16``: 8-bit integers, a scale for each row.
-#: ``W4A16``: 4-bit integers, a scale for each 128 columns of a row. ``FP8``: float8_e4m3fn, a
+#: The names that :func:`scheme_named` knows. ``W8A16`` and ``W4A16``: integers of 8 and 4 bits,
+#: a scale for each 128 columns of a row, as compressed-tensors' presets since 0.17. ``FP8``: float8_e4m3fn, a
 #: scale for each row, and inputs quantized for each token (``FP8_DYNAMIC`` elsewhere).
 SCHEMES: tuple[str, ...] = tuple(_BY_NAME)
 

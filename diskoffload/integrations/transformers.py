@@ -96,6 +96,7 @@ def build_meta_model(checkpoint_dir: Path, *, dtype: torch.dtype | None = None) 
     build, config = _find_builder(checkpoint_dir, config)
     if dtype is None:
         dtype = _checkpoint_dtype(checkpoint_dir, config)
+    # Early releases of transformers 5 leave this to from_pretrained.
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if part is not None:
             part.dtype = dtype

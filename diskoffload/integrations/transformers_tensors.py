@@ -128,7 +128,9 @@ def _unwritten_like(tensor: torch.Tensor) -> torch.Tensor:
 def _unwritten_value(dtype: torch.dtype) -> float:
     if dtype == torch.bool:
         return False
-    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return torch.iinfo(dtype).max
 
 
 @torch.no_grad()

@@ -59,6 +59,12 @@ class Backing(Protocol):
     def succeed(self, ticket: Ticket) -> Backing:
         """Give the backing that holds what a ticket has stored."""
 
+    def twin(self, memo: dict[int, Any]) -> Backing | None:
+        """Give a backing of the same value that shares no memory with this one.
+
+        ``None`` where only a copy of the value will do. ``memo`` is :mod:`copy`'s.
+        """
+
     def was_edited(self, value: torch.Tensor) -> bool:
         """Tell whether memory given by :meth:`beneath` was changed in place."""
 

@@ -40,7 +40,7 @@ class Zstd:
 
     def pack(self, data: memoryview) -> Iterator[bytes]:
         """Give one zstd frame a chunk."""
-        compressor = zstandard.ZstdCompressor(level=self.level)
+        compressor = zstandard.ZstdCompressor(level=self.level, write_checksum=True)
         for start in range(0, len(data), CHUNK_BYTES):
             yield compressor.compress(data[start : start + CHUNK_BYTES])
 
@@ -50,13 +50,13 @@ class Zstd:
         Raises:
             DamagedFileError: it is not a frame, or one of another size.
         """
-        size = zstandard.frame_content_size(packed) if len(packed) >= 2 else -1
-        if size != len(target):
-            raise DamagedFileError(
-                f"{where}: a compressed chunk says it holds {size} bytes and "
-                f"{len(target)} are expected; the file is damaged, write it again"
-            )
         try:
+            size = zstandard.frame_content_size(packed)
+            if size != len(target):
+                raise DamagedFileError(
+                    f"{where}: a compressed chunk says it holds {size} bytes and "
+                    f"{len(target)} are expected; the file is damaged, write it again"
+                )
             target[:] = zstandard.ZstdDecompressor().decompress(packed, len(target))
         except zstandard.ZstdError as error:
             raise DamagedFileError(

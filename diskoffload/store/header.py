@@ -9,6 +9,7 @@ number is checked against the file before it is used.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from diskoffload.errors import DamagedFileError, UnsupportedTensorError
+from diskoffload.errors import DamagedFileError, InvalidInputError, UnsupportedTensorError
 
 LENGTH_BYTES = 8
 # The reference implementation's own bound on a header (safetensors' tensor.rs).
@@ -24,7 +25,7 @@ MAX_HEADER_BYTES = 100_000_000
 # Vector loads of fp32 kernels give other bits at smaller alignments (measured).
 ALIGNMENT_BYTES = 64
 _MAX_DIMENSIONS = 64  # torch's own bound
-_METADATA_KEY = "__metadata__"
+METADATA_KEY = "__metadata__"
 FILLER_PREFIX = "__filler__."
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
@@ -53,6 +54,9 @@ if hasattr(torch, "float8_e8m0fnu"):
 DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 # Packed below a byte: (stored dtype, elements per stored element). Read as raw bytes.
 _SUB_BYTE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+# What a file says is shown in part, however long or deep it is.
+_brief = reprlib.Repr()
+_brief.maxstring = 160
 
 
 @dataclass(frozen=True)
@@ -121,20 +125,26 @@ def parse_header(raw: bytes, file_bytes: int, file: str) -> Header:
         DamagedFileError: anything is not as the format demands; says what and where.
     """
     content = _parse_json(raw, file)
-    metadata = _check_metadata(content.pop(_METADATA_KEY, None), file)
+    metadata = _check_metadata(content.pop(METADATA_KEY, None), file)
     data_offset = LENGTH_BYTES + len(raw)
     specs = [_check_tensor(name, value, data_offset, file) for name, value in content.items()]
     specs.sort(key=lambda spec: (spec.offset, spec.nbytes))
     end = data_offset
     for spec in specs:
         if spec.offset != end:
+            what = f"tensor {_brief.repr(spec.name)}"
             kind = "overlaps the tensor before it" if spec.offset < end else "leaves a hole"
-            _refuse(file, f"tensor {spec.name!r} at byte {spec.offset} {kind} (expected {end})")
+            _refuse(file, f"{what} at byte {spec.offset} {kind} (expected {end})")
         end += spec.nbytes
     if end != file_bytes:
         fault = "it was truncated" if end > file_bytes else "bytes follow the last tensor"
         _refuse(file, f"its header describes {end} bytes and it has {file_bytes}: {fault}")
     return Header({spec.name: spec for spec in specs}, data_offset, file_bytes, metadata)
+
+
+def can_be_a_tensor(dtype: torch.dtype, shape: Iterable[int]) -> bool:
+    """Tell whether torch can count such a tensor's bytes, in 63 bits, empty or not."""
+    return prod(max(size, 1) for size in shape) * dtype.itemsize < 1 << 63
 
 
 def _refuse(file: str, reason: str) -> NoReturn:
@@ -149,13 +159,18 @@ def _parse_json(raw: bytes, file: str) -> dict[str, Any]:
         if len(made) != len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            _refuse(file, f"its header has the key {twice!r} twice")
+            _refuse(file, f"its header has the key {_brief.repr(twice)} twice")
         return made
+
+    def no_number(word: str) -> NoReturn:
+        _refuse(file, f"its header holds {word}, which is not JSON")
 
     if not raw.startswith(b"{"):
         _refuse(file, "its header does not begin with '{'")
     try:
-        content = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        content = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_number
+        )
     except RecursionError:
         _refuse(file, "its header's JSON is nested too deeply")
     except ValueError as error:
@@ -171,7 +186,17 @@ def _check_metadata(value: Any, file: str) -> dict[str, str]:
         return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         _refuse(file, "its __metadata__ is not a table of strings")
+    for text in (*value, *value.values()):
+        _check_text(text, file)
     return dict(value)
+
+
+def _check_text(text: str, file: str) -> None:
+    # JSON can escape half a character, which nothing can write again.
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        _refuse(file, f"{_brief.repr(text)} in its header is not Unicode")
 
 
 def _is_size(value: Any) -> bool:
@@ -179,31 +204,32 @@ def _is_size(value: Any) -> bool:
 
 
 def _check_tensor(name: str, value: Any, data_offset: int, file: str) -> StoredSpec:
+    _check_text(name, file)
+
+    def refuse(reason: str) -> NoReturn:
+        _refuse(file, f"tensor {_brief.repr(name)} {reason}")
+
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
-        _refuse(file, f"tensor {name!r} lacks one of dtype, shape and data_offsets")
+        refuse("lacks one of dtype, shape and data_offsets")
     dtype_name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(shape, list) or not all(map(_is_size, shape)):
-        _refuse(file, f"tensor {name!r} has the shape {str(shape)[:80]}")
+        refuse(f"has the shape {_brief.repr(shape)}")
     if len(shape) > _MAX_DIMENSIONS:
-        _refuse(file, f"tensor {name!r} has {len(shape)} dimensions")
+        refuse(f"has {len(shape)} dimensions")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        _refuse(file, f"tensor {name!r} has the data_offsets {str(offsets)[:80]}")
+        refuse(f"has the data_offsets {_brief.repr(offsets)}")
     nbytes = offsets[1] - offsets[0]
-    dtype: torch.dtype | None
-    if dtype_name in _SUB_BYTE_BITS:
+    dtype = DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
+    if dtype is None and isinstance(dtype_name, str) and dtype_name in _SUB_BYTE_BITS:
         bits = prod(shape) * _SUB_BYTE_BITS[dtype_name]
         if bits % 8:
-            _refuse(file, f"tensor {name!r} does not end at a byte")
+            refuse("does not end at a byte")
         dtype, shape = torch.uint8, [bits // 8]
-    else:
-        dtype = DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
     if dtype is None:
-        _refuse(file, f"tensor {name!r} has the unknown dtype {str(dtype_name)[:40]!r}")
-    if prod(shape) * dtype.itemsize != nbytes:
-        _refuse(
-            file,
-            f"tensor {name!r} of dtype {dtype_name} and shape {shape} cannot take {nbytes} bytes",
-        )
+        refuse(f"has the unknown dtype {_brief.repr(dtype_name)}")
+    fits = prod(shape) * dtype.itemsize == nbytes
+    if not fits or (nbytes == 0 and not can_be_a_tensor(dtype, shape)):
+        refuse(f"of dtype {dtype_name} and shape {_brief.repr(shape)} cannot take {nbytes} bytes")
     return StoredSpec(name, dtype, tuple(shape), data_offset + offsets[0], nbytes, dtype_name)
 
 
@@ -229,6 +255,7 @@ def build_header(
 
     Raises:
         UnsupportedTensorError: a dtype that safetensors does not know.
+        InvalidInputError: a name that cannot be a key, or one that two tensors have.
     """
     items = list(tensors)
     for name, dtype, _ in items:
@@ -247,7 +274,8 @@ def build_header(
             start += gap
         placed.append((item, start))
         start += _nbytes(item)
-    content: dict[str, Any] = {_METADATA_KEY: dict(metadata)} if metadata else {}
+    _check_names([item[0] for item, _ in placed])
+    content: dict[str, Any] = {METADATA_KEY: dict(metadata)} if metadata else {}
     for (name, dtype, shape), begin in placed:
         content[name] = {
             "dtype": DTYPE_NAMES[dtype],
@@ -263,6 +291,22 @@ def build_header(
     }
     raw = len(text).to_bytes(LENGTH_BYTES, "little") + text
     return raw, Header(specs, data_offset, data_offset + start, dict(metadata or {}))
+
+
+def _check_names(names: list[str]) -> None:
+    """Refuse what would make an invalid file, or one that lacks a tensor."""
+    seen = {METADATA_KEY}
+    for name in names:
+        if name in seen:
+            fault = "two tensors have this name, or the format needs it"
+        elif not name.isascii() and name != name.encode("utf-8", "replace").decode("utf-8"):
+            fault = "it is not Unicode"
+        else:
+            seen.add(name)
+            continue
+        raise InvalidInputError(
+            f"cannot write a tensor named {_brief.repr(name)}: {fault}; give it another name"
+        )
 
 
 def _nbytes(item: Planned) -> int:

@@ -55,14 +55,38 @@ class Shard:
         self._memory: Memory | None = None
         self._fd: int = -1
         self._fd = files.open_for_reading(path)
-        nbytes = files.size_bytes(self._fd, path)
+        try:
+            # Before the first byte is read, so that no change goes unnoticed.
+            status = os.fstat(self._fd)
+            self._identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+            self.header = self._read_header()
+        except BaseException:
+            self.__del__()  # an error that is kept for a while keeps this object with it
+            raise
+
+    def _read_header(self) -> Header:
+        nbytes = self._files.size_bytes(self._fd, self.path)
         prefix = bytearray(min(LENGTH_BYTES, nbytes))
-        files.read_into(self._fd, memoryview(prefix), 0, path)
-        raw = bytearray(header_length(bytes(prefix), nbytes, str(path)))
-        files.read_into(self._fd, memoryview(raw), LENGTH_BYTES, path)
-        self.header = parse_header(bytes(raw), nbytes, str(path))
-        status = os.fstat(self._fd)
-        self._identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        self._files.read_into(self._fd, memoryview(prefix), 0, self.path)
+        raw = bytearray(header_length(bytes(prefix), nbytes, str(self.path)))
+        self._files.read_into(self._fd, memoryview(raw), LENGTH_BYTES, self.path)
+        return parse_header(bytes(raw), nbytes, str(self.path))
+
+    def twin(self) -> Shard:
+        """Open the same file once more, with a mapping of its own.
+
+        Edits made through one are not seen through the other. The file lives as long as
+        either. Raises :class:`StorageError` where no descriptor is to be had.
+        """
+        made = Shard.__new__(Shard)
+        made.path, made.header, made._identity = self.path, self.header, self._identity
+        made.owner = self
+        made._files = self._files
+        made._lock = threading.Lock()
+        made._memory = None
+        made._fd = -1
+        made._fd = self._files.duplicate(self._fd, self.path)
+        return made
 
     def __del__(self) -> None:
         if self._fd >= 0:
@@ -278,8 +302,12 @@ class ShardWriter:
         if durable:
             self._files.sync(self._fd, self._partial)
         fd, self._fd = self._fd, -1
-        self._files.close(fd)
-        self._files.rename(self._partial, self.path)
+        try:
+            self._files.close(fd)
+            self._files.rename(self._partial, self.path)
+        except BaseException:
+            self._files.remove(self._partial)
+            raise
         if durable:
             self._files.sync_folder(self.path.parent)
         return self.path

@@ -7,7 +7,8 @@ buffer, and, where the bytes in the file are the tensor's own, can be mapped.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from math import prod
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ import torch
 
 from diskoffload.errors import DamagedFileError
 from diskoffload.store.codec import CHUNK_BYTES, codec_named
-from diskoffload.store.header import StoredSpec
+from diskoffload.store.header import StoredSpec, can_be_a_tensor
 from diskoffload.store.recipe import Piece
 from diskoffload.store.shard import Shard, tensor_bytes
 from diskoffload.system.memory import empty
@@ -50,6 +51,9 @@ class Stored(Protocol):
     def load(self) -> torch.Tensor:
         """Give the value in fresh memory of its own."""
 
+    def over(self, twins: Callable[[Shard], Shard]) -> Stored:
+        """Give the same value read through other shard objects of the same files."""
+
 
 class ShardTensor:
     """One tensor of one file, its bytes being its value."""
@@ -64,6 +68,10 @@ class ShardTensor:
     def shards(self) -> tuple[Shard, ...]:
         """The one file."""
         return (self.shard,)
+
+    def over(self, twins: Callable[[Shard], Shard]) -> ShardTensor:
+        """Read the same range through another shard object."""
+        return ShardTensor(twins(self.shard), self.spec)
 
     def mapped(self) -> torch.Tensor | None:
         """Alias the file, unless the tensor lies at an address its dtype cannot have."""
@@ -92,15 +100,17 @@ class EncodedTensor:
         where = f"{shard.path}, tensor {spec.name!r}"
         try:
             self.dtype = _dtype_named(encoding["dtype"])
-            self.shape = tuple(int(size) for size in encoding["shape"])
+            self.shape = tuple(map(_size, encoding["shape"]))
             self.codec_name = str(encoding["codec"])
-            self.chunks = tuple(int(size) for size in encoding.get("chunks", (spec.nbytes,)))
+            self.chunks = tuple(map(_size, encoding.get("chunks", (spec.nbytes,))))
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedFileError(f"{where}: its encoding cannot be read ({error!r})") from error
         self.nbytes = prod(self.shape) * self.dtype.itemsize
         expected = -(-self.nbytes // CHUNK_BYTES)
         raw = self.codec_name == RAW
-        if min((*self.shape, *self.chunks), default=0) < 0 or sum(self.chunks) != spec.nbytes:
+        if not can_be_a_tensor(self.dtype, self.shape):
+            raise DamagedFileError(f"{where}: its encoding says the shape {self.shape}")
+        if sum(self.chunks) != spec.nbytes:
             raise DamagedFileError(f"{where}: its chunks do not add up to {spec.nbytes} bytes")
         if (raw and spec.nbytes != self.nbytes) or (not raw and len(self.chunks) != expected):
             raise DamagedFileError(f"{where}: its chunks do not give {self.nbytes} bytes")
@@ -111,6 +121,12 @@ class EncodedTensor:
     def shards(self) -> tuple[Shard, ...]:
         """The one file."""
         return (self.shard,)
+
+    def over(self, twins: Callable[[Shard], Shard]) -> EncodedTensor:
+        """Read the same range through another shard object."""
+        made = copy(self)
+        made.shard = twins(self.shard)
+        return made
 
     def mapped(self) -> torch.Tensor | None:
         """Alias the file where only the format's word for the dtype is lacking."""
@@ -156,6 +172,11 @@ class AssembledTensor:
         """The files of all pieces."""
         return tuple(dict.fromkeys(source.shard for _, source in self.pieces))
 
+    def over(self, twins: Callable[[Shard], Shard]) -> AssembledTensor:
+        """Read the same pieces through other shard objects."""
+        pieces = [(piece, source.over(twins)) for piece, source in self.pieces]
+        return AssembledTensor(pieces, self.dtype, self.shape)
+
     def mapped(self) -> torch.Tensor | None:
         """Answer ``None``: the pieces lie apart."""
         return None
@@ -188,6 +209,10 @@ class CastTensor:
         """The files of the tensor that is converted."""
         return self.inner.shards
 
+    def over(self, twins: Callable[[Shard], Shard]) -> CastTensor:
+        """Convert the same value read through another shard object."""
+        return CastTensor(self.inner.over(twins), self.dtype)
+
     def mapped(self) -> torch.Tensor | None:
         """Answer ``None``: the bytes in the file are of another dtype."""
         return None
@@ -213,6 +238,10 @@ class StridedTensor:
         """The files of the tensor that is laid out."""
         return self.inner.shards
 
+    def over(self, twins: Callable[[Shard], Shard]) -> StridedTensor:
+        """Lay out the same value read through another shard object."""
+        return StridedTensor(self.inner.over(twins), self.strides)
+
     def mapped(self) -> torch.Tensor | None:
         """Answer ``None``: files hold tensors row by row."""
         return None
@@ -226,9 +255,16 @@ class StridedTensor:
 
 def _dtype_named(name: str) -> torch.dtype:
     dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
+    # A quantized tensor is more than its bytes.
+    if not isinstance(dtype, torch.dtype) or name.startswith(("qint", "quint")):
         raise ValueError(f"unknown dtype {name!r}")
     return dtype
+
+
+def _size(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{str(value)[:40]!r} is no size")
+    return value
 
 
 def encoding_of(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ _FALLBACK_STEP_BYTES = 8 << 20
 _CANNOT_COPY_IN_KERNEL = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+# How /proc/self/mountinfo writes spaces and the like (proc_pid_mountinfo(5)).
+_OCTAL_ESCAPE = re.compile(r"\\([0-7]{3})")
 _MEMORY_FILE_SYSTEMS = {"tmpfs", "ramfs", "devtmpfs"}
 
 
@@ -70,6 +73,11 @@ class Files:
         """Open an existing file for reading and writing."""
         with naming_faults("open the file for writing", path):
             return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+    def duplicate(self, fd: int, path: Path) -> int:
+        """Give another descriptor of an open file, even if its name is gone."""
+        with naming_faults("open once more the file", path):
+            return os.dup(fd)
 
     def begins_with(self, path: Path, prefix: bytes, nbytes: int) -> bool:
         """Tell whether there is a file of that length that begins with those bytes."""
@@ -195,26 +203,40 @@ class Files:
                 raise StorageError(error.errno, f"could not remove the folder: {error}") from error
 
     def lock(self, path: Path) -> int:
-        """Open and lock a file for this process alone; closing the descriptor frees it."""
+        """Open and lock a file for this process alone; closing the descriptor frees it.
+
+        A symbolic link is refused: what it points to is not ours to write.
+        """
         with naming_faults("lock the folder", path):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                owner = os.pread(fd, 64, 0).decode("ascii", "replace").strip() or "unknown"
+            while True:
+                fd = self._locked(path)
+                # Its last owner may have removed it after we opened it; then a third
+                # process would make and lock another.
+                if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
+                    break
                 os.close(fd)
-                raise FolderInUseError(
-                    errno.EAGAIN,
-                    f"the folder is in use by another process (pid {owner}); "
-                    "wait for it to end, or name another offload_dir",
-                    str(path.parent),
-                ) from error
-            except BaseException:
-                os.close(fd)
-                raise
             os.truncate(fd, 0)
             os.pwrite(fd, f"{os.getpid()}\n".encode("ascii"), 0)
             return fd
+
+    def _locked(self, path: Path) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(path, flags, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(fd, 64, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(fd)
+            raise FolderInUseError(
+                errno.EAGAIN,
+                f"the folder is in use by another process (pid {owner}); "
+                "wait for it to end, or name another offload_dir",
+                str(path.parent),
+            ) from error
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
 
 def free_bytes(path: Path) -> int:
@@ -234,7 +256,7 @@ def memory_file_system(path: Path) -> str | None:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
             for line in mounts:
                 left, _, right = line.partition(" - ")
-                point = left.split()[4].encode("latin-1", "ignore").decode("unicode_escape")
+                point = _OCTAL_ESCAPE.sub(lambda one: chr(int(one[1], 8)), left.split(" ")[4])
                 if path.is_relative_to(point) and len(point) >= best[0]:
                     best = (len(point), right.split()[0])
     except OSError:

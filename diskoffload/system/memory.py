@@ -162,13 +162,15 @@ def written_pages(address: int, nbytes: int) -> Iterator[tuple[int, int]] | None
     (https://docs.kernel.org/admin-guide/mm/pagemap.html, bits 61 to 63).
     """
     try:
-        fd = os.open("/proc/self/pagemap", os.O_RDONLY)
+        os.close(os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))
     except OSError:
         return None
-    return _written_runs(fd, address // PAGE_BYTES, -(-(address + nbytes) // PAGE_BYTES))
+    return _written_runs(address // PAGE_BYTES, -(-(address + nbytes) // PAGE_BYTES))
 
 
-def _written_runs(fd: int, first: int, last: int) -> Iterator[tuple[int, int]]:
+def _written_runs(first: int, last: int) -> Iterator[tuple[int, int]]:
+    # Opened at the first step: an iterator that is never begun runs no clean-up.
+    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
         for begin in range(first, last, _PAGEMAP_READ_PAGES):
             count = min(_PAGEMAP_READ_PAGES, last - begin)

@@ -1,0 +1,82 @@
+"""The ways in which a model's tensors may be held; a contract runs on each of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import diskoffload
+from diskoffload.residency.resident import Residency
+
+WAYS = ("plain", "cpu", "disk", "disk-written", "zstd-written", "opened", "opened-cast")
+DISK_WAYS = tuple(way for way in WAYS if way not in ("plain", "cpu"))
+
+
+class Net(torch.nn.Module):
+    """A small module with what modules have: a tie, a buffer, one that is not saved, a None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(32, 16)
+        self.up = torch.nn.Linear(16, 64)
+        self.norm = torch.nn.BatchNorm1d(64)
+        self.down = torch.nn.Linear(64, 16, bias=False)
+        self.head = torch.nn.Linear(16, 32, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("scale", torch.full((16,), 2.0))
+        self.register_buffer("table", torch.arange(16.0), persistent=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(ids) * self.scale + self.table
+        return self.head(self.down(torch.relu(self.norm(self.up(hidden)))))
+
+
+def make_net(seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return Net().eval()
+
+
+def hold(net: Net, way: str, folder: Path) -> Net:
+    """Hold a model's tensors in one of the ways; the values stay the same."""
+    if way == "plain":
+        return net
+    if way.startswith("opened"):
+        return _opened(net, way, folder)
+    residency = Residency()
+    for name, module in net.named_modules():
+        options: dict[str, object] = {"name": name, "residency": residency}
+        if way != "cpu":
+            options["offload_dir"] = folder / "offload"
+            options["compression"] = "zstd" if way.startswith("zstd") else None
+        diskoffload.offload_module(module, "cpu", "cpu" if way == "cpu" else "disk", **options)
+    if way.endswith("-written"):
+        written(net)
+    return net
+
+
+def _opened(net: Net, way: str, folder: Path) -> Net:
+    (folder / "checkpoint").mkdir()
+    state = {name: tensor for name, tensor in net.state_dict().items() if name != "head.weight"}
+    dtype = torch.float64 if way == "opened-cast" else None
+    stored = {
+        name: tensor.to(dtype or tensor.dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+    }
+    save_file(stored, folder / "checkpoint" / "model.safetensors")
+    with torch.device("meta"):
+        bare = Net()
+    bare.table = net.table
+    bare.eval()
+    return diskoffload.open_checkpoint(
+        folder / "checkpoint", model=bare, offload_dir=folder / "offload", max_memory="1GiB"
+    )
+
+
+def written(net: torch.nn.Module) -> None:
+    """Have every change on disk."""
+    for module in net.modules():
+        if isinstance(module._parameters, diskoffload.DiskCache):
+            module._parameters.sync()
+            return
