@@ -290,8 +290,9 @@ _BY_NAME = {
 }
 
 #: The names that :func:`scheme_named` knows. ``W8A16`` and ``W4A16``: integers of 8 and 4 bits,
-#: a scale for each 128 columns of a row, as compressed-tensors' presets since 0.17. ``FP8``: float8_e4m3fn, a
-#: scale for each row, and inputs quantized for each token (``FP8_DYNAMIC`` elsewhere).
+#: a scale for each 128 columns of a row, as compressed-tensors' presets since 0.17. ``FP8``:
+#: float8_e4m3fn, a scale for each row, and inputs quantized for each token (``FP8_DYNAMIC``
+#: elsewhere).
 SCHEMES: tuple[str, ...] = tuple(_BY_NAME)
 
 

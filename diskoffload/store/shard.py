@@ -61,7 +61,7 @@ class Shard:
             self._identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
             self.header = self._read_header()
         except BaseException:
-            self.__del__()  # an error that is kept for a while keeps this object with it
+            self._close()  # an error that is kept for a while keeps this object with it
             raise
 
     def _read_header(self) -> Header:
@@ -89,6 +89,9 @@ class Shard:
         return made
 
     def __del__(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -210,14 +210,17 @@ class Files:
         with naming_faults("lock the folder", path):
             while True:
                 fd = self._locked(path)
-                # Its last owner may have removed it after we opened it; then a third
-                # process would make and lock another.
-                if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
-                    break
+                try:
+                    # Its last owner may have removed it after we opened it; then a third
+                    # process would make and lock another.
+                    if _is_at(fd, path):
+                        os.truncate(fd, 0)
+                        os.pwrite(fd, f"{os.getpid()}\n".encode("ascii"), 0)
+                        return fd
+                except BaseException:
+                    os.close(fd)
+                    raise
                 os.close(fd)
-            os.truncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()}\n".encode("ascii"), 0)
-            return fd
 
     def _locked(self, path: Path) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -237,6 +240,13 @@ class Files:
             os.close(fd)
             raise
         return fd
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def free_bytes(path: Path) -> int:

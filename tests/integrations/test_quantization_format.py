@@ -194,9 +194,8 @@ def test_awkward_finite_weights_have_the_same_bits(name: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3, 5, 130])
-@pytest.mark.parametrize("name", ["W8A16", "FP8"])
-def test_a_scale_for_each_row_takes_any_number_of_columns(name: str, columns: int) -> None:
-    assert_same_as_theirs(scheme_named(name), torch.randn(5, columns))
+def test_a_scale_for_each_row_takes_any_number_of_columns(columns: int) -> None:
+    assert_same_as_theirs(scheme_named("FP8"), torch.randn(5, columns))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -295,7 +294,9 @@ def test_what_cannot_be_quantized_says_why(
         scheme.quantize(name, torch.zeros(shape, dtype=dtype))
 
 
-@pytest.mark.parametrize(("name", "preset"), [("W4A16", "W4A16"), ("FP8", "FP8_DYNAMIC")])
+@pytest.mark.parametrize(
+    ("name", "preset"), [("W8A16", "W8A16"), ("W4A16", "W4A16"), ("FP8", "FP8_DYNAMIC")]
+)
 def test_a_scheme_is_the_preset_that_it_says(name: str, preset: str) -> None:
     expected = preset_name_to_scheme(preset, ["Linear"])
     expected.format = scheme_named(name).file_format
@@ -304,7 +305,7 @@ def test_a_scheme_is_the_preset_that_it_says(name: str, preset: str) -> None:
 
 def test_schemes_are_found_by_name() -> None:
     weights = parsed(scheme_named("W8A16")).config_groups["group_0"].weights
-    assert (weights.num_bits, weights.type, weights.strategy) == (8, "int", "channel")
+    assert (weights.num_bits, weights.type, weights.strategy) == (8, "int", "group")
     assert [scheme_named(name.lower()).name for name in SCHEMES] == ["W8A16", "W4A16", "FP8"]
     with pytest.raises(InvalidInputError, match="'W3'; choose one of W8A16, W4A16, FP8"):
         scheme_named("W3")

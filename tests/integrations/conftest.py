@@ -1,0 +1,45 @@
+"""Checkpoints that several tests read and none may change."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import transformers
+from models import FAMILIES, save_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet() -> None:
+    transformers.utils.logging.disable_progress_bar()
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Fingerprint every file below a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """Give one checkpoint a family; at the end, check that no byte of them changed."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    folders = {family: save_model(family, root / family) for family in FAMILIES}
+    before = digests(root)
+    yield folders
+    assert digests(root) == before
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def checkpoint(family: str, checkpoints: dict[str, Path]) -> Path:
+    return checkpoints[family]
