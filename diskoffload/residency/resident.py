@@ -145,9 +145,9 @@ class Residency:
                 self._write_back(held)
             if held.state is State.LOADED:
                 held.vacate()
-                return True
-            held.publish()  # readable until it is written
-            return False
+            else:
+                held.publish()  # readable until it is written; the writer's queue is bounded
+            return True
 
     def release_kept(self, kept: list[Held]) -> None:
         """End one context's wish to keep these, and let go what nothing uses."""
