@@ -13,7 +13,6 @@ from diskoffload.dispatch import (
     dispatch_with_map,
     get_device_map,
     offload_model,
-    plan_model,
     remove_dispatch,
     set_onload_device,
 )
@@ -35,6 +34,7 @@ from diskoffload.errors import (
     UnsupportedTensorError,
 )
 from diskoffload.forward import unwrap_offload_forward
+from diskoffload.model_plan import plan_model
 from diskoffload.module import (
     get_cache_init_kwargs,
     get_execution_device,

@@ -84,21 +84,29 @@ class Folder:
         Raises:
             ClosedError: the folder was closed, or belongs to the parent process.
         """
-        if not self.is_open:
-            reason = (
-                "it was closed"
-                if os.getpid() == self._owner.pid
-                else f"it belongs to the process that opened it (pid {self._owner.pid}); "
-                "a forked child can only read"
-            )
-            raise ClosedError(f"cannot offload {name!r} to {self.path}: {reason}")
+        self._check_ours(f"offload {name!r} to {self.path}")
+        if not self._end.alive:
+            raise ClosedError(f"cannot offload {name!r} to {self.path}: it was closed")
         if codec is not None:
             codec_named(codec)
         return self._writer.put(name, tensor, codec)
 
     def flush(self) -> None:
-        """Write all that is queued and return when it is in the files."""
+        """Write all that is queued and return when it is in the files.
+
+        Raises:
+            StorageError: a write failed; its tensors are still queued.
+            ClosedError: the folder belongs to the parent process.
+        """
+        self._check_ours(f"write what waits for {self.path}")
         self._writer.flush()
+
+    def _check_ours(self, action: str) -> None:
+        if os.getpid() != self._owner.pid:
+            raise ClosedError(
+                f"cannot {action}: it belongs to the process that opened it "
+                f"(pid {self._owner.pid}); a forked child can only read"
+            )
 
     def close(self) -> None:
         """Take no more tensors; those on disk stay readable while they are held."""
@@ -106,7 +114,7 @@ class Folder:
 
     def shards(self) -> list[Shard]:
         """List the shards that exist now, oldest first."""
-        return sorted(self._owner.shards, key=lambda shard: shard.path.name)
+        return self._owner.shards()
 
     @property
     def written_groups(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import threading
 import uuid
 import weakref
 from pathlib import Path
@@ -40,7 +41,8 @@ class Ownership:
         self._numbers = itertools.count(1)
         lock = path / LOCK_NAME
         fd = files.lock(lock)
-        self.shards: weakref.WeakSet[Shard] = weakref.WeakSet()
+        self._shards: weakref.WeakSet[Shard] = weakref.WeakSet()
+        self._lock = threading.Lock()
         weakref.finalize(self, _give_up, files, self.pid, fd, lock, made)
 
     def next_path(self) -> Path:
@@ -49,9 +51,15 @@ class Ownership:
 
     def adopt(self, shard: Shard) -> None:
         """Let a shard's file go when nothing in it is referred to any more."""
-        self.shards.add(shard)
+        with self._lock:  # the writer's thread adds while another lists
+            self._shards.add(shard)
         shard.owner = self
         weakref.finalize(shard, _remove_shard, self._files, self.pid, shard.path)
+
+    def shards(self) -> list[Shard]:
+        """List the shards that are in use, oldest first."""
+        with self._lock:
+            return sorted(self._shards, key=lambda shard: shard.path.name)
 
 
 def _remove_shard(files: Files, pid: int, path: Path) -> None:

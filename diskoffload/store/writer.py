@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 import xxhash
 
+from diskoffload.errors import UnsupportedTensorError
 from diskoffload.store.codec import codec_named
-from diskoffload.store.header import DTYPE_NAMES, Planned
+from diskoffload.store.header import DTYPE_NAMES, FILLER_PREFIX, METADATA_KEY, Planned
 from diskoffload.store.shard import Shard, ShardWriter, tensor_bytes
 from diskoffload.store.stored import (
     ENCODING_KEY,
@@ -116,21 +117,30 @@ class Writer:
         self._waiting_bytes = 0
         self._running: deque[tuple[list[Ticket], Future[None]]] = deque()
         self._executor: ThreadPoolExecutor | None = None
+        self._thread_id = 0
         self.written_groups = 0
 
     def put(self, name: str, tensor: torch.Tensor, codec: str | None) -> Ticket:
-        """Queue a tensor; may wait for older ones, and raises their error if they failed."""
+        """Queue a tensor; may wait for older ones.
+
+        Raises:
+            UnsupportedTensorError: a tensor that is more than its elements.
+            StorageError: a write of older ones failed. They are queued again, this one is not.
+        """
+        _check_storable(name, tensor)
         nbytes = tensor.numel() * tensor.dtype.itemsize
         ticket = Ticket(name, tensor, codec, nbytes)
         with self._lock:
+            completes = self._waiting_bytes + nbytes >= self._group_bytes
+            while self._running and (
+                self._running[0][1].done()
+                or (completes and len(self._running) >= _GROUPS_ON_THEIR_WAY)
+            ):
+                self._finish_oldest()
             self._group.append(ticket)
             self._waiting_bytes += nbytes
-            if self._waiting_bytes >= self._group_bytes:
+            if completes:
                 self._start_group()
-                while len(self._running) > _GROUPS_ON_THEIR_WAY:
-                    self._finish_oldest()
-            elif self._running and self._running[0][1].done():
-                self._finish_oldest()
         return ticket
 
     def flush(self) -> None:
@@ -149,7 +159,9 @@ class Writer:
         with self._lock:
             self._group.clear()
             if self._executor is not None:
-                self._executor.shutdown(wait=True, cancel_futures=True)
+                # The collector may end us in our own thread, which cannot wait for itself.
+                wait = threading.get_ident() != self._thread_id
+                self._executor.shutdown(wait=wait, cancel_futures=True)
                 self._executor = None
             self._running.clear()
 
@@ -163,16 +175,17 @@ class Writer:
         self._running.append((group, self._executor.submit(self._write, group)))
 
     def _finish_oldest(self) -> None:
-        group, future = self._running.popleft()
-        try:
-            future.result()
-        except BaseException:
+        group, future = self._running[0]
+        error = future.exception()  # an interrupt here leaves the group on its way
+        self._running.popleft()
+        if error is not None:
             unwritten = [ticket for ticket in group if ticket.stored is None]
             self._group[:0] = unwritten
             self._waiting_bytes += sum(ticket.nbytes for ticket in unwritten)
-            raise
+            raise error
 
     def _write(self, group: list[Ticket]) -> None:
+        self._thread_id = threading.get_ident()
         items = [_prepare(ticket) for ticket in group]
         keys = _unique([ticket.name for ticket in group])
         encodings = {
@@ -188,20 +201,44 @@ class Writer:
                 item.write(writer, key)
                 ticket.digest = item.digest
             writer.publish(durable=False)
-        shard = Shard(path, self._files)
+        try:
+            shard = Shard(path, self._files)
+            written = stored_tensors(shard)
+        except BaseException:
+            self._files.remove(path)  # nobody refers to it
+            raise
         self._adopt(shard)
-        written = stored_tensors(shard)
         for key, item, ticket in zip(keys, items, group, strict=True):
             value: Stored = written[key]
             ticket.fulfil(StridedTensor(value, item.strides) if item.strides else value)
         self.written_groups += 1
 
 
+def _check_storable(name: str, tensor: torch.Tensor) -> None:
+    """Refuse at once what the writer's thread could not write, or not completely."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "a tensor that is not strided"
+    elif tensor.is_meta:
+        kind = "a meta tensor, which has no value"
+    elif tensor.is_quantized:
+        kind = "a quantized tensor, whose scale is no part of its bytes"
+    elif type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        kind = f"a {type(tensor).__name__}, which wraps other tensors"
+    else:
+        return
+    raise UnsupportedTensorError(
+        f"cannot store {name!r}: it is {kind}; store plain tensors, or keep it in memory"
+    )
+
+
 def _unique(names: list[str]) -> list[str]:
     """Make keys of names: two models, or two values of one entry, may share a name."""
-    taken: set[str] = set()
+    taken = {METADATA_KEY}
     keys = []
     for name in names:
+        name = name.encode("utf-8", "backslashreplace").decode("utf-8")
+        if name.startswith(FILLER_PREFIX):
+            name = f"_{name}"
         key, number = name, 1
         while key in taken:
             number += 1
@@ -245,7 +282,9 @@ class _Item:
 def _prepare(ticket: Ticket) -> _Item:
     tensor = ticket.tensor
     assert tensor is not None  # it is released only after it was written
-    strides = None if tensor.is_contiguous() else tuple(tensor.stride())
+    # Where elements share memory (an expanded tensor), its strides cannot be written through.
+    plainly_laid = tensor.is_contiguous() or torch._debug_has_internal_overlap(tensor)
+    strides = None if plainly_laid else tuple(tensor.stride())
     plain = _plain(tensor)
     dtype, shape = plain.dtype, tuple(plain.shape)
     if ticket.codec is not None and ticket.nbytes:

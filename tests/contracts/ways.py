@@ -10,8 +10,18 @@ from safetensors.torch import save_file
 import diskoffload
 from diskoffload.residency.resident import Residency
 
-WAYS = ("plain", "cpu", "disk", "disk-written", "zstd-written", "opened", "opened-cast")
-DISK_WAYS = tuple(way for way in WAYS if way not in ("plain", "cpu"))
+WAYS = (
+    "plain",
+    "cpu",
+    "cpu-elsewhere",
+    "disk",
+    "disk-written",
+    "disk-elsewhere",
+    "zstd-written",
+    "opened",
+    "opened-cast",
+)
+DISK_WAYS = tuple(way for way in WAYS if not way.startswith(("plain", "cpu")))
 
 
 class Net(torch.nn.Module):
@@ -47,10 +57,14 @@ def hold(net: Net, way: str, folder: Path) -> Net:
     residency = Residency()
     for name, module in net.named_modules():
         options: dict[str, object] = {"name": name, "residency": residency}
-        if way != "cpu":
+        if not way.startswith("cpu"):
             options["offload_dir"] = folder / "offload"
             options["compression"] = "zstd" if way.startswith("zstd") else None
-        diskoffload.offload_module(module, "cpu", "cpu" if way == "cpu" else "disk", **options)
+        # Spelled cpu:0 the onload device is not the one that tensors wait on, so they are
+        # really copied there and back: a stand-in for an accelerator where there is none.
+        onload = "cpu:0" if way.endswith("elsewhere") else "cpu"
+        offload = "cpu" if way.startswith("cpu") else "disk"
+        diskoffload.offload_module(module, onload, offload, **options)
     if way.endswith("-written"):
         written(net)
     return net
