@@ -182,7 +182,10 @@ class Writer:
             unwritten = [ticket for ticket in group if ticket.stored is None]
             self._group[:0] = unwritten
             self._waiting_bytes += sum(ticket.nbytes for ticket in unwritten)
-            raise error
+            try:
+                raise error
+            finally:  # else its own traceback keeps the error, and that the tensors
+                del error, group, future, unwritten
 
     def _write(self, group: list[Ticket]) -> None:
         self._thread_id = threading.get_ident()
