@@ -13,9 +13,9 @@ from diskoffload.cache.modes import disable_onloading
 from diskoffload.errors import InvalidInputError
 from diskoffload.module import cache_of
 from diskoffload.planning import ModuleSize, Plan, parse_max_memory, plan_dispatch
-from diskoffload.residency.headroom import Headroom
 from diskoffload.store.folder import Folder
 from diskoffload.system.files import free_bytes
+from diskoffload.system.headroom import Headroom
 
 # compressed-tensors' own reserve for what is no weight: a share of the model, at least 1 GB.
 _EXTRA_SHARE = 0.05

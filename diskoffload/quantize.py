@@ -40,6 +40,7 @@ _log = logging.getLogger(__name__)
 STATE_NAME = "diskoffload-quantize.json"
 # What quantizing one weight takes beside its result (see Scheme.quantize), rounded up.
 _SCRATCH_BYTES = 48 << 20
+_BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's own (stat(2))
 
 
 @dataclass(frozen=True)
@@ -301,7 +302,9 @@ class _State:
         """Bytes of the result that lie on disk already."""
         if not self._folder.exists():
             return 0
-        return sum(path.stat().st_size for path in self._folder.glob("*.safetensors*"))
+        # Blocks, not lengths: a file has its full length from the start.
+        found = [path.stat() for path in self._folder.glob("*.safetensors*")]
+        return sum(getattr(one, "st_blocks", 0) * _BLOCK_BYTES for one in found)
 
     def begin(self) -> None:
         """Make the folder and say whose it is."""

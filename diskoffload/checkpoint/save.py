@@ -18,7 +18,7 @@ from diskoffload.checkpoint.publish import check_space, copy_side_files, new_fol
 from diskoffload.errors import InvalidInputError, UnsupportedTensorError
 from diskoffload.planning import format_bytes, parse_bytes
 from diskoffload.progress import byte_bar
-from diskoffload.residency.held import Held
+from diskoffload.residency.held import Held, State
 from diskoffload.residency.resident import current_value
 from diskoffload.store.header import DTYPE_NAMES, Planned
 from diskoffload.store.recipe import Piece, Recipe
@@ -186,7 +186,7 @@ def _names_not_saved(model: torch.nn.Module) -> set[str]:
 
 def _layout_of(value: _Value) -> tuple[torch.dtype, tuple[int, ...]]:
     if isinstance(value, Held):
-        if value.tensor is None or not value.tensor.numel():
+        if value.tensor is None or value.state is State.VACANT:
             assert value.backing is not None  # a lazy or vacant entry has its value there
             return value.backing.layout
         return value.tensor.dtype, tuple(value.tensor.shape)

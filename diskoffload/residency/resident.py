@@ -16,9 +16,9 @@ from itertools import islice
 
 import torch
 
-from diskoffload.residency.headroom import Headroom
 from diskoffload.residency.held import Backing, Held, State
 from diskoffload.store.writer import Ticket
+from diskoffload.system.headroom import Headroom
 
 _log = logging.getLogger(__name__)
 

@@ -17,8 +17,13 @@ from diskoffload.store.lock import Ownership
 from diskoffload.store.shard import Shard
 from diskoffload.store.writer import Ticket, Writer
 from diskoffload.system.files import Files, memory_file_system
+from diskoffload.system.headroom import Headroom
 
-GROUP_BYTES = 256 << 20
+# A shard is written when so much waits in memory: enough that many tensors share one,
+# little beside what is available, since a second group may wait while one is written.
+_MOST_GROUP_BYTES = 256 << 20
+_LEAST_GROUP_BYTES = 8 << 20
+_GROUP_SHARE = 16
 _log = logging.getLogger(__name__)
 
 
@@ -43,7 +48,8 @@ class Folder:
         Args:
             path: the folder; ``None`` takes a fresh one in the system's temporary place.
             files: the file operations, for tests.
-            group_bytes: how much is gathered in memory before a shard is written; 0 chooses.
+            group_bytes: how much is gathered in memory before a shard is written; 0 takes a
+                sixteenth of what is available, between 8 and 256 MiB.
 
         Raises:
             FolderInUseError: another process owns it.
@@ -65,9 +71,10 @@ class Folder:
                 kind,
             )
         self._owner = Ownership(self.path, made, files)
-        self._writer = Writer(
-            files, self._owner.next_path, self._owner.adopt, group_bytes or GROUP_BYTES
-        )
+        if not group_bytes:
+            share_bytes = Headroom().available_bytes() // _GROUP_SHARE
+            group_bytes = max(_LEAST_GROUP_BYTES, min(_MOST_GROUP_BYTES, share_bytes))
+        self._writer = Writer(files, self._owner.next_path, self._owner.adopt, group_bytes)
         self._end = weakref.finalize(self, _end_writer, self._writer, self._owner.pid)
 
     def __repr__(self) -> str:

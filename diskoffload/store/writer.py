@@ -1,9 +1,9 @@
 """The queue to disk: tensors are gathered into shards and written behind the producer's back.
 
-A tensor waits in memory until its group is written, so what waits is bounded: when two
-groups are on their way, the next :meth:`Writer.put` waits for the older one. Nothing is
-lost by a failed write: its tensors go back to the queue, the error surfaces at the next
-call, and a later call tries again.
+A tensor waits in memory until its group is written, so what waits is bounded: while one
+group is being written the next is gathered, and when that is full :meth:`Writer.put` waits.
+Nothing is lost by a failed write: its tensors go back to the queue, the error surfaces at
+the next call, and a later call tries again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from diskoffload.system.files import Files
 # Compression that saves less than a tenth costs more than it gives, and hinders mapping.
 _WORTH_PACKING = 0.9
 _STEP_BYTES = 8 << 20
-_GROUPS_ON_THEIR_WAY = 2
+_GROUPS_ON_THEIR_WAY = 1
 
 
 def digest_of(tensor: torch.Tensor) -> bytes:

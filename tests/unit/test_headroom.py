@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from diskoffload.errors import InvalidInputError
-from diskoffload.residency.headroom import Headroom, MachineMemory
+from diskoffload.system.headroom import Headroom, MachineMemory
 
 MIB = 1 << 20
 GIB = 1 << 30

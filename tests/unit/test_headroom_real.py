@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 import diskoffload
-from diskoffload.residency.headroom import Headroom, machine_memory
+from diskoffload.system.headroom import Headroom, machine_memory
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -93,7 +93,7 @@ def _run_in(group: Path, script: str, *arguments: str) -> subprocess.CompletedPr
     preamble = (
         "import json, mmap, os, sys\n"
         "from pathlib import Path\n"
-        "from diskoffload.residency.headroom import Headroom\n"
+        "from diskoffload.system.headroom import Headroom\n"
         "MIB = 1 << 20\n"
         "Path(sys.argv[1], 'cgroup.procs').write_text(str(os.getpid()))\n"
         "headroom = Headroom(refresh_seconds=0)\n"
