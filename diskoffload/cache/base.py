@@ -11,22 +11,20 @@ from typing import Any, TypeVar
 import torch
 
 from diskoffload.cache import modes
+from diskoffload.cache.views import KeptValues, OffloadedValues, OnClass
 from diskoffload.errors import InvalidInputError, NotOffloadedError
-from diskoffload.residency.held import Backing, Held, State, held_of, object_like
+from diskoffload.residency.held import (
+    Backing,
+    Held,
+    State,
+    held_of,
+    is_ours_to_move,
+    object_like,
+)
 from diskoffload.residency.resident import Residency, current_value, default_residency
 
 Device = torch.device | str | int
 _Cache = TypeVar("_Cache", bound="OffloadCache")
-
-
-class _OnClass:
-    """A read-only attribute that is computed on the class as well as on instances."""
-
-    def __init__(self, compute: Any) -> None:
-        self._compute = compute
-
-    def __get__(self, instance: object, owner: type | None = None) -> Any:
-        return self._compute()
 
 
 class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
@@ -47,11 +45,11 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
 
     offload_device: torch.device | str
 
-    offloading_disabled: bool = _OnClass(lambda: modes.current().kept is not None)  # type: ignore[assignment]
+    offloading_disabled: bool = OnClass(lambda: modes.current().kept is not None)  # type: ignore[assignment]
     """Whether this thread is inside ``disable_offloading``."""
-    onloading_disabled: bool = _OnClass(lambda: modes.current().onloading_disabled)  # type: ignore[assignment]
+    onloading_disabled: bool = OnClass(lambda: modes.current().onloading_disabled)  # type: ignore[assignment]
     """Whether this thread is inside ``disable_onloading``."""
-    keep_onloaded_values: Mapping[torch.Tensor, torch.Tensor] = modes.KeptValues()
+    keep_onloaded_values: Mapping[torch.Tensor, torch.Tensor] = KeptValues()
     """What this thread keeps: offloaded tensor -> onloaded tensor, a live view."""
 
     # ------------------------------------------------------------------ making one
@@ -256,7 +254,7 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
     @property
     def offloaded_values(self) -> Mapping[Any, torch.Tensor | None]:
         """The offloaded tensors by name, a live view; on disk they are meta tensors."""
-        return _Offloaded(self._held)
+        return OffloadedValues(self._held)
 
     # ------------------------------------------------------------------ modes
 
@@ -330,7 +328,7 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
 
     def _new(self, key: Any, value: torch.Tensor) -> Held:
         name = self._full_name(key)
-        if not _is_ours_to_move(value):
+        if not is_ours_to_move(value):
             return Held(name, None, tensor=value, state=State.AS_IS)
         backing, state, write = self._back(value)
         held = Held(name, backing, tensor=value, state=state)
@@ -387,38 +385,6 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
                 "take it from `offloaded_values` or from `offload`"
             )
         return held
-
-
-class _Offloaded(Mapping[Any, "torch.Tensor | None"]):
-    """Offloaded tensors by name."""
-
-    def __init__(self, held: dict[Any, Held | None]) -> None:
-        self._held = held
-
-    def __getitem__(self, key: Any) -> torch.Tensor | None:
-        held = self._held[key]
-        return None if held is None else held.offloaded
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._held)
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-
-def _is_ours_to_move(value: torch.Tensor) -> bool:
-    """Whether a value is a plain tensor whose memory may be moved: no graph, no fake, no proxy."""
-    return (
-        value.grad_fn is None
-        and value.layout == torch.strided
-        and value.device.type != "meta"
-        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
-        and type(value).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-        and not torch._debug_has_internal_overlap(value)
-        and not value.is_quantized
-        and not value.is_conj()
-        and not value.is_neg()
-    )
 
 
 _classes: dict[str, type[OffloadCache]] = {}

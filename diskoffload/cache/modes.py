@@ -6,15 +6,12 @@ A mode holds for the thread or asyncio task that entered it, and for no other.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
-
-from diskoffload.residency.held import Held, held_of
+from diskoffload.residency.held import Held
 from diskoffload.residency.resident import Residency
 
 
@@ -94,25 +91,3 @@ def keep(held: Held, residency: Residency) -> None:
         kept[held] = residency
         with residency.lock:
             held.keepers += 1
-
-
-class KeptValues(Mapping[torch.Tensor, torch.Tensor]):
-    """What this thread keeps now: offloaded tensor -> onloaded tensor. A live view."""
-
-    def _kept(self) -> dict[Held, Residency]:
-        return current().kept or {}
-
-    def __getitem__(self, offloaded: torch.Tensor) -> torch.Tensor:
-        held = held_of(offloaded)
-        if held is None or held not in self._kept() or held.tensor is None:
-            raise KeyError(offloaded)
-        return held.tensor
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return iter([held.offloaded for held in self._kept()])
-
-    def __len__(self) -> int:
-        return len(self._kept())
-
-    def __contains__(self, offloaded: Any) -> bool:
-        return isinstance(offloaded, torch.Tensor) and held_of(offloaded) in self._kept()

@@ -259,6 +259,21 @@ def object_like(template: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
     return made
 
 
+def is_ours_to_move(value: torch.Tensor) -> bool:
+    """Whether a value is a plain tensor whose memory may be moved: no graph, no fake, no proxy."""
+    return (
+        value.grad_fn is None
+        and value.layout == torch.strided
+        and value.device.type != "meta"
+        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+        and type(value).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        and not torch._debug_has_internal_overlap(value)
+        and not value.is_quantized
+        and not value.is_conj()
+        and not value.is_neg()
+    )
+
+
 def held_of(tensor: torch.Tensor) -> Held | None:
     """Find the entry that an object, or what stands for it offloaded, belongs to."""
     held = _by_object.get(id(tensor))

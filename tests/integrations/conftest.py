@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import transformers
-from models import FAMILIES, save_model
+from models import FAMILIES, digests, save_model
 
 
 @pytest.fixture(scope="session", autouse=True)
 def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """Fingerprint every file below a folder."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,12 @@ def save_model(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -
 def load(folder: Path, **options: Any) -> Any:
     """Load a checkpoint as transformers does, all of it in memory."""
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Fingerprint every file below a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import digests
-from models import load
+from models import digests, load
 from safetensors.torch import load_file
 
 import diskoffload
@@ -223,11 +222,11 @@ def test_a_killed_command_goes_on(
 ) -> None:
     """A real process, stopped by a real signal in the middle of its work."""
     script = (
-        "import sys, time; from diskoffload import cli, quantize\n"
-        "inner = quantize._Work._write\n"
+        "import sys, time; from diskoffload import cli\nfrom diskoffload.quantize import run\n"
+        "inner = run._Work._write\n"
         "def slow(self, *a):\n"
         "    time.sleep(0.08); inner(self, *a)\n"
-        "quantize._Work._write = slow\n"
+        "run._Work._write = slow\n"
         "sys.exit(cli.main(sys.argv[1:]))"
     )
     source, out = checkpoints["llama"], tmp_path / "out"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import digests
+from models import digests
 
 import diskoffload
 from diskoffload.quantize import quantize_checkpoint

@@ -1,0 +1,181 @@
+"""What quantizing a checkpoint would do, worked out from its headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diskoffload.budget import format_bytes, parse_bytes
+from diskoffload.checkpoint.layout import Layout, lay_out
+from diskoffload.checkpoint.publish import check_output
+from diskoffload.checkpoint.source import CONFIG_NAME, Checkpoint
+from diskoffload.errors import (
+    BudgetError,
+    CheckpointError,
+    InvalidInputError,
+    UnsupportedTensorError,
+)
+from diskoffload.integrations.quantization import Scheme, already_quantized, scheme_named
+from diskoffload.integrations.quantization_targets import Targets, find_targets
+from diskoffload.store.header import Planned
+from diskoffload.store.stored import ShardTensor
+from diskoffload.system.files import Files
+
+# What quantizing one weight takes beside its result (see Scheme.quantize), rounded up.
+_SCRATCH_BYTES = 48 << 20
+
+
+@dataclass(frozen=True)
+class QuantizePlan:
+    """What quantizing would do.
+
+    Attributes:
+        source: the checkpoint's folder.
+        out: the result's folder.
+        scheme: its name.
+        quantized: names of the weights that are quantized.
+        copied: name -> why a tensor stays as it is.
+        read_bytes: of all tensors of the source.
+        written_bytes: of all tensors of the result.
+        memory_bytes: anonymous memory that the work needs beside the interpreter's.
+        shards: how many files the result has.
+    """
+
+    source: str
+    out: str
+    scheme: str
+    quantized: list[str]
+    copied: dict[str, str]
+    read_bytes: int
+    written_bytes: int
+    memory_bytes: int
+    shards: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Give it as what :func:`json.dumps` takes; sizes are in bytes."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        reasons = Counter(self.copied.values())
+        lines = [
+            f"{self.source} -> {self.out} ({self.scheme})",
+            f"  read     {format_bytes(self.read_bytes)}",
+            f"  written  {format_bytes(self.written_bytes)} in {self.shards} files, "
+            "all the disk it needs",
+            f"  memory   {format_bytes(self.memory_bytes)} at most beside the interpreter's own",
+            f"  {len(self.quantized)} weights are quantized, {len(self.copied)} tensors stay:",
+        ]
+        lines += [f"    {count:6d}  {reason}" for reason, count in reasons.most_common()]
+        return "\n".join(lines)
+
+
+@dataclass
+class Job:
+    """A plan with what is needed to carry it out; ``outputs`` is by a stored tensor's name."""
+
+    checkpoint: Checkpoint
+    scheme: Scheme
+    targets: Targets
+    layout: Layout
+    outputs: dict[str, list[str]]
+    plan: QuantizePlan
+    files: Files = field(default_factory=Files)
+
+
+def plan_quantization(
+    source: Path | str,
+    out: Path | str,
+    scheme: str,
+    *,
+    ignore: Sequence[str] = ("lm_head",),
+    max_memory: int | str | None = None,
+    max_shard_size: int | str = "5GB",
+) -> QuantizePlan:
+    """Say what :func:`quantize_checkpoint` would do, and do nothing; print the result to see it."""
+    return prepare(source, out, scheme, ignore, max_memory, max_shard_size).plan
+
+
+def prepare(
+    source: Path | str,
+    out: Path | str,
+    scheme_name: str,
+    ignore: Sequence[str],
+    max_memory: int | str | None,
+    max_shard_size: int | str,
+) -> Job:
+    """Check every argument, read the headers and plan; arguments as of ``quantize_checkpoint``."""
+    scheme = scheme_named(scheme_name)
+    target = Path(out).expanduser().absolute()
+    check_output(target, overwrite=False)
+    max_shard_bytes = parse_bytes(max_shard_size)
+    checkpoint = Checkpoint(source)
+    if target == checkpoint.folder:
+        raise InvalidInputError(f"the result cannot be written over its source {target}")
+    if not checkpoint.config:
+        raise CheckpointError(
+            f"{checkpoint.folder} has no {CONFIG_NAME}, so it cannot be known which tensors are "
+            "weights of linear layers; put the model's config beside its weights"
+        )
+    method = already_quantized(checkpoint.config)
+    if method is not None:
+        raise CheckpointError(
+            f"{checkpoint.folder} is quantized already, by {method}; "
+            "quantize the checkpoint it was made from"
+        )
+    targets = find_targets(checkpoint.folder, checkpoint.tensors, scheme, ignore)
+    outputs, planned = _planned(checkpoint, scheme, targets)
+    layout = lay_out(planned, max_shard_bytes)
+    memory = _memory_bytes(checkpoint, scheme, targets)
+    budget = None if max_memory is None else parse_bytes(max_memory)
+    if budget is not None and memory > budget:
+        raise BudgetError(
+            f"quantizing {checkpoint.path} needs {format_bytes(memory)} for its largest weight "
+            f"and max_memory is {format_bytes(budget)}; raise it"
+        )
+    plan = QuantizePlan(
+        source=str(checkpoint.path),
+        out=str(target),
+        scheme=scheme.name,
+        quantized=list(targets.weights),
+        copied=dict(targets.left),
+        read_bytes=checkpoint.size_bytes,
+        written_bytes=layout.size_bytes,
+        memory_bytes=memory,
+        shards=len(layout.files),
+    )
+    return Job(checkpoint, scheme, targets, layout, outputs, plan)
+
+
+def _planned(
+    checkpoint: Checkpoint, scheme: Scheme, targets: Targets
+) -> tuple[dict[str, list[str]], list[Planned]]:
+    """List, for each stored tensor, what is written in its place."""
+    outputs: dict[str, list[str]] = {}
+    planned: list[Planned] = []
+    for name, tensor in checkpoint.tensors.items():
+        if not isinstance(tensor, ShardTensor):
+            raise UnsupportedTensorError(
+                f"{checkpoint.path}: {name!r} is compressed; unpack the checkpoint first"
+            )
+        made = {name: (tensor.dtype, tensor.shape)}
+        if name in targets.weights:
+            made = scheme.outputs(name, tensor.shape, tensor.dtype)
+        outputs[name] = list(made)
+        planned += [(key, dtype, shape) for key, (dtype, shape) in made.items()]
+    return outputs, planned
+
+
+def _memory_bytes(checkpoint: Checkpoint, scheme: Scheme, targets: Targets) -> int:
+    largest = 0
+    for name in targets.weights:
+        tensor = checkpoint.tensors[name]
+        made = scheme.outputs(name, tensor.shape, tensor.dtype).values()
+        largest = max(
+            largest, sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in made)
+        )
+    return largest + _SCRATCH_BYTES

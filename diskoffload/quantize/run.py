@@ -1,0 +1,213 @@
+"""Quantize a checkpoint tensor by tensor, from its files straight into the result's files.
+
+No model is loaded: the meta model says which stored tensors are weights of linear layers,
+each of those is mapped, quantized and written, and everything else is copied inside the
+kernel. Final shards are written once, into ``OUT.partial``, which becomes ``OUT`` at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diskoffload.budget import format_bytes
+from diskoffload.checkpoint.publish import check_space, copy_side_files, write_text
+from diskoffload.checkpoint.source import CONFIG_NAME
+from diskoffload.progress import byte_bar
+from diskoffload.quantize.plan import Job, QuantizePlan, prepare
+from diskoffload.quantize.state import State
+from diskoffload.store.shard import ShardWriter, tensor_bytes
+from diskoffload.store.stored import EncodedTensor, ShardTensor
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What quantizing did.
+
+    Attributes:
+        plan: what was to be done.
+        out: the finished checkpoint.
+        resumed: how many weights an earlier, interrupted run had done.
+    """
+
+    plan: QuantizePlan
+    out: Path
+    resumed: int
+
+
+class Interrupted(KeyboardInterrupt):
+    """Quantizing was asked to stop and did, between two weights; its message says how to go on."""
+
+
+def quantize_checkpoint(
+    source: Path | str,
+    out: Path | str,
+    scheme: str,
+    *,
+    ignore: Sequence[str] = ("lm_head",),
+    max_memory: int | str | None = None,
+    max_shard_size: int | str = "5GB",
+    show_progress: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> QuantizeResult:
+    """Quantize a checkpoint, data-free and round-to-nearest, one weight in memory at a time.
+
+    The arithmetic and the format are compressed-tensors', so transformers and vLLM load the
+    result. Every weight of a linear layer is quantized, those of a mixture's experts
+    included. An interrupted run leaves ``OUT.partial``; the same call goes on from there.
+
+    Args:
+        source: a checkpoint's folder; only read.
+        out: the result's folder; must not exist, or be empty.
+        scheme: ``"W8A16"``, ``"W4A16"`` or ``"FP8"``.
+        ignore: modules that stay as they are: names, or patterns after ``"re:"``.
+        max_memory: bytes that may be taken, or as ``"1GiB"``; checked before the start.
+        max_shard_size: largest file of the result.
+        show_progress: show a progress bar in bytes, with the time left.
+        stop: asked between weights; when it says true, the work stops there.
+
+    Returns:
+        What was done.
+
+    Raises:
+        InvalidInputError: an unknown scheme, a pattern that cannot be read.
+        CheckpointError: the source is none, or is quantized already.
+        OutputExistsError: ``out`` is taken, or ``OUT.partial`` is of another job.
+        BudgetError: one weight does not fit ``max_memory``.
+        NoSpaceError: the disk has too little room; found before anything is written.
+        Interrupted: ``stop`` said so.
+    """
+    job = prepare(source, out, scheme, ignore, max_memory, max_shard_size)
+    target = Path(job.plan.out)
+    partial = target.with_name(target.name + ".partial")
+    state = State(partial, job)
+    check_space(target, max(0, job.plan.written_bytes - state.written_bytes))
+    state.begin()
+    _log.info(
+        "quantizing %s to %s: one weight at a time, mapped from the source; at most %s beside "
+        "the interpreter's memory; the result grows in %s",
+        job.checkpoint.path,
+        job.scheme.name,
+        format_bytes(job.plan.memory_bytes),
+        partial,
+    )
+    resumed = len(state.done)
+    title = f"Quantizing to {job.scheme.name}"
+    with byte_bar(job.plan.read_bytes, title, show=show_progress) as bar:
+        _Work(job, partial, state).run(bar, stop)
+    _finish(job, partial, target, state)
+    return QuantizeResult(job.plan, target, resumed)
+
+
+class _Work:
+    """The writing itself: tensor after tensor, each into the file it belongs to."""
+
+    def __init__(self, job: Job, folder: Path, state: State) -> None:
+        self._job = job
+        self._folder = folder
+        self._state = state
+        files = job.layout.files
+        self._file_of = {planned[0]: file for file, items in files.items() for planned in items}
+        self._left = {file: len(items) for file, items in files.items()}
+        self._writers: dict[str, ShardWriter] = {}
+
+    def run(self, bar: Any, stop: Callable[[], bool]) -> None:
+        """Do what is not done yet.
+
+        Raises:
+            Interrupted: ``stop`` said so; what is done is kept.
+        """
+        tensors = list(self._job.checkpoint.tensors.values())
+        try:
+            for number, (tensor, following) in enumerate(
+                zip(tensors, [*tensors[1:], None], strict=True)
+            ):
+                name = tensor.spec.name
+                if name not in self._state.done:
+                    if stop():
+                        self._suspend(number)
+                    if following is not None:
+                        following.shard.prefetch(following.spec)
+                    self._write(name, tensor)
+                self._count_off(name)
+                bar.update(tensor.spec.nbytes)
+        finally:
+            for writer in self._writers.values():
+                writer.abandon()
+
+    def _write(self, name: str, tensor: ShardTensor | EncodedTensor) -> None:
+        assert isinstance(tensor, ShardTensor)  # checked when the job was planned
+        if name not in self._job.targets.weights:
+            tensor.shard.copy_to(tensor.spec, self._writer(name), name)
+            return
+        tensor.shard.check_unchanged()
+        weight = tensor.mapped()
+        made = self._job.scheme.quantize(name, tensor.load() if weight is None else weight)
+        for key, value in made.items():
+            self._writer(key).write(key, tensor_bytes(value))
+        tensor.shard.drop_behind(tensor.spec)
+
+    def _writer(self, key: str) -> ShardWriter:
+        file = self._file_of[key]
+        if file not in self._writers:
+            job = self._job
+            finished = {key for name in self._state.done for key in job.outputs[name]}
+            self._writers[file] = ShardWriter.resumed(
+                self._folder / file,
+                job.layout.files[file],
+                job.files,
+                {"format": "pt"},
+                finished=finished,
+            )
+        return self._writers[file]
+
+    def _count_off(self, name: str) -> None:
+        """Publish the files that a tensor was the last of, and note what is then durable."""
+        published = False
+        for key in self._job.outputs[name]:
+            file = self._file_of[key]
+            self._left[file] -= 1
+            if not self._left[file] and file in self._writers:
+                self._writers.pop(file).publish()
+                published = True
+        if published:
+            # What lies in a file that is still being written would not survive a power cut.
+            self._state.store(one for one in self._job.outputs if not self._is_ahead(one))
+
+    def _is_ahead(self, name: str) -> bool:
+        return any(self._left[self._file_of[key]] for key in self._job.outputs[name])
+
+    def _suspend(self, number: int) -> None:
+        for file in list(self._writers):
+            self._writers.pop(file).suspend()
+        names = list(self._job.checkpoint.tensors)
+        self._state.store(names[:number])
+        raise Interrupted(
+            f"stopped after {number} of {len(names)} tensors; what is done lies in "
+            f"{self._folder}: the same command goes on from there"
+        )
+
+
+def _finish(job: Job, partial: Path, out: Path, state: State) -> None:
+    index = job.layout.index_json()
+    files = job.files
+    if index is not None:
+        files.remove(partial / job.layout.index_name)
+        write_text(partial / job.layout.index_name, index, files)
+    config = dict(job.checkpoint.config)
+    config["quantization_config"] = job.scheme.quantization_config(job.targets.ignore)
+    files.remove(partial / CONFIG_NAME)
+    write_text(partial / CONFIG_NAME, json.dumps(config, indent=2) + "\n", files)
+    copy_side_files(job.checkpoint.folder, partial)
+    state.forget()
+    files.sync_folder(partial)
+    if out.is_dir():
+        files.remove_folder_if_empty(out)
+    files.rename(partial, out)
+    files.sync_folder(out.parent)
