@@ -1,0 +1,69 @@
+# The two commands to know are "make demo" and "make test"; "make help" lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+# What pip installs as torch, with options if need be; for a CPU build on Linux for example
+# TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch
+CHECKPOINT ?=
+DEMO_DIR ?= demo-data
+SIZE ?= 3GB
+
+PIP := "$(VENV)/bin/python" -m pip --disable-pip-version-check -qq install
+BIN := $(VENV)/bin
+
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help venv demo lint test test-slow clean torch-wanted
+
+help:
+	@echo "make demo       open and quantize a 3 GB checkpoint in a third of its size of memory"
+	@echo "make test       lint, check the types, run the default tests"
+	@echo "make test-slow  run the tests that take long"
+	@echo "make venv       only make the virtual environment, without the package"
+	@echo "make clean      remove the virtual environment and caches (not $(DEMO_DIR))"
+	@echo
+	@echo "Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH=\"$(TORCH)\""
+	@echo "of the demo: CHECKPOINT=/path/to/your/own  DEMO_DIR=$(DEMO_DIR)  SIZE=$(SIZE)"
+
+venv: $(VENV)/.made
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is Python %d.%d and 3.10 or later is needed: make PYTHON=... names another" % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
+	@echo "Making the virtual environment $(VENV) ..."
+	@$(PYTHON) -m venv "$(VENV)"
+	@touch "$@"
+
+# Holds the TORCH that was asked for last, and is younger only when that has changed.
+$(VENV)/.torch: $(VENV)/.made torch-wanted
+	@echo '$(TORCH)' | cmp -s - "$@" || echo '$(TORCH)' > "$@"
+
+# torch goes first: the package's own range then finds it there and leaves it alone.
+$(VENV)/.installed-%: pyproject.toml $(VENV)/.torch
+	@echo "Installing $(TORCH) and diskoffload[$*] into $(VENV) (some minutes the first time) ..."
+	@$(PIP) $(TORCH)
+	@$(PIP) --editable ".[$*]"
+	@touch "$@"
+
+.PRECIOUS: $(VENV)/.made $(VENV)/.torch $(VENV)/.installed-%
+
+demo: $(VENV)/.installed-quantize
+	@"$(BIN)/python" tools/demo.py --data "$(DEMO_DIR)" --size "$(SIZE)" $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)")
+
+lint: $(VENV)/.installed-test
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
+	"$(BIN)/mypy" --strict diskoffload tools
+
+test: lint
+	"$(BIN)/python" -m pytest
+
+# Status 5 means that no test is marked slow.
+test-slow: $(VENV)/.installed-test
+	"$(BIN)/python" -m pytest -m slow || [ $$? -eq 5 ]
+
+clean:
+	@if [ -e "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find diskoffload tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	@if [ -e "$(DEMO_DIR)" ]; then echo "kept $(DEMO_DIR), which make demo wrote"; fi

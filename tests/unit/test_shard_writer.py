@@ -1,0 +1,295 @@
+"""One file being written: it appears whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from shard_files import (
+    in_child,
+    noise,
+    open_shard,
+    same,
+)
+
+from diskoffload.errors import DamagedFileError, InvalidInputError, NoSpaceError, StorageError
+from diskoffload.store.header import ALIGNMENT_BYTES
+from diskoffload.store.shard import Shard, ShardWriter, tensor_bytes
+from diskoffload.system.files import Files
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+
+PLAN = [("a", torch.float32, (40,)), ("b", torch.uint8, (64,)), ("e", torch.int8, (0,))]
+VALUES = {"a": torch.arange(40.0), "b": torch.arange(64, dtype=torch.uint8)}
+
+
+def begin(folder: Path, **options: bool) -> ShardWriter:
+    return ShardWriter(folder / "out.safetensors", PLAN, Files(), {"k": "v"}, **options)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(one.name for one in folder.iterdir())
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_success_leaves_exactly_one_file(tmp_path: Path, durable: bool) -> None:
+    with begin(tmp_path) as writer:
+        assert names_in(tmp_path) == ["out.safetensors.partial"]
+        for name, value in VALUES.items():
+            writer.write(name, tensor_bytes(value))
+        assert writer.publish(durable=durable) == tmp_path / "out.safetensors"
+    assert names_in(tmp_path) == ["out.safetensors"]
+    loaded = load_file(tmp_path / "out.safetensors")
+    assert all(same(loaded[name], value) for name, value in VALUES.items())
+    assert loaded["e"].shape == (0,)
+    assert writer.written_bytes == (tmp_path / "out.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("with_error", [False, True])
+def test_leaving_without_publishing_leaves_no_file(tmp_path: Path, with_error: bool) -> None:
+    def use() -> None:
+        with begin(tmp_path) as writer:
+            writer.write("a", tensor_bytes(VALUES["a"]))
+            if with_error:
+                raise KeyboardInterrupt
+
+    if with_error:
+        with pytest.raises(KeyboardInterrupt):
+            use()
+    else:
+        use()
+    assert names_in(tmp_path) == []
+
+
+def test_publishing_refuses_what_was_never_written(tmp_path: Path) -> None:
+    with begin(tmp_path) as writer:
+        writer.write("b", tensor_bytes(VALUES["b"]))
+        with pytest.raises(StorageError, match=r"1 of its tensors were not written, 'a'"):
+            writer.publish()
+    assert names_in(tmp_path) == []
+
+
+def test_a_part_alone_does_not_complete_a_tensor(tmp_path: Path) -> None:
+    with begin(tmp_path) as writer:
+        writer.write("b", tensor_bytes(VALUES["b"]))
+        writer.write_part("a", tensor_bytes(VALUES["a"])[80:], 80)
+        with pytest.raises(StorageError, match="'a'"):
+            writer.publish()
+        writer.write_part("a", tensor_bytes(VALUES["a"])[:80])
+        writer.finish_parts("a")
+        writer.publish()
+    assert same(load_file(tmp_path / "out.safetensors")["a"], VALUES["a"])
+
+
+@pytest.mark.parametrize("nbytes", [0, 63, 65])
+def test_a_value_of_another_length_is_refused(tmp_path: Path, nbytes: int) -> None:
+    with begin(tmp_path) as writer, pytest.raises(StorageError, match="64 were planned"):
+        writer.write("b", memoryview(bytes(nbytes)))
+
+
+def test_a_name_that_is_taken_by_a_folder_leaves_no_file(tmp_path: Path) -> None:
+    (tmp_path / "out.safetensors").mkdir()
+    with begin(tmp_path) as writer:
+        for name, value in VALUES.items():
+            writer.write(name, tensor_bytes(value))
+        with pytest.raises(StorageError, match="rename"):
+            writer.publish()
+    assert names_in(tmp_path) == ["out.safetensors"]
+
+
+def test_names_that_cannot_be_keys_leave_no_file(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError):
+        ShardWriter(tmp_path / "out", [("__metadata__", torch.int8, (1,))], Files())
+    assert names_in(tmp_path) == []
+
+
+def test_a_second_writer_of_the_same_name_is_refused_and_harms_nothing(tmp_path: Path) -> None:
+    with begin(tmp_path) as writer:
+        with pytest.raises(StorageError, match="create"):
+            begin(tmp_path)
+        for name, value in VALUES.items():
+            writer.write(name, tensor_bytes(value))
+        writer.publish()
+    assert names_in(tmp_path) == ["out.safetensors"]
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="none"):
+        begin(tmp_path / "none")
+
+
+def limit_file_size(nbytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, 1 << 20))
+
+
+def write_beyond_the_limit(folder: Path, source: Path, how: str) -> list[object]:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limit_file_size(1 << 16 if how == "create" else 1 << 18)
+    plan = [("a", torch.uint8, (1 << 17,))]
+    try:
+        with open(source, "rb") as file, ShardWriter(folder / "out", plan, Files()) as writer:
+            limit_file_size(1 << 16)
+            if how == "write":
+                writer.write("a", memoryview(bytes(1 << 17)))
+            else:
+                writer.copy("a", file.fileno(), 0)
+        return ["no error"]
+    except StorageError as error:
+        return [error.errno, error.filename, names_in(folder)]
+
+
+@pytest.mark.parametrize("how", ["create", "write", "copy"])
+def test_a_write_error_leaves_no_file(tmp_path: Path, how: str) -> None:
+    source, folder = tmp_path / "source", tmp_path / "folder"
+    source.write_bytes(bytes(1 << 17))
+    folder.mkdir()
+    told = in_child(lambda: write_beyond_the_limit(folder, source, how))
+    assert told == [errno.EFBIG, str(folder / "out.partial"), []]
+
+
+def test_a_full_disk_is_named_and_leaves_no_file(small_disk: Path) -> None:
+    items = [("a", torch.uint8, (8 << 20,))]
+    writer = ShardWriter(small_disk / "out.safetensors", items, Files())
+    with pytest.raises(NoSpaceError, match="free some space") as caught, writer:
+        writer.write("a", memoryview(bytes(8 << 20)))
+    assert caught.value.filename == str(small_disk / "out.safetensors.partial")
+    assert names_in(small_disk) == []
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_the_users_umask_is_respected(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with begin(tmp_path) as writer:
+            for name, value in VALUES.items():
+                writer.write(name, tensor_bytes(value))
+            writer.publish()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_filled_files_need_no_filler_written_and_align_everything(tmp_path: Path) -> None:
+    items = [("a", torch.int8, (3,)), ("b", torch.int8, (5,)), ("c", torch.float32, (16,))]
+    with ShardWriter(tmp_path / "out", items, Files(), fill=True) as writer:
+        for name, _, shape in items:
+            writer.write_part(
+                name, memoryview(bytes([shape[0]] * writer.header.specs[name].nbytes))
+            )
+            writer.finish_parts(name)
+        writer.publish(durable=False)
+    shard = open_shard(tmp_path / "out")
+    for name, _, shape in items:
+        tensor = shard.mapped(shard.header.specs[name])
+        assert tensor.data_ptr() % ALIGNMENT_BYTES == 0
+        assert bytes(tensor_bytes(tensor)) == bytes([shape[0]] * tensor.nbytes)
+
+
+# ---------------------------------------------------------------------------- copying
+
+
+def big_source(folder: Path) -> Shard:
+    tensors = {"x": noise(torch.uint8, (3_000_001,)), "y": noise(torch.bfloat16, (999,))}
+    save_file(tensors, folder / "source.safetensors")
+    return open_shard(folder / "source.safetensors")
+
+
+def copy_all(source: Shard, path: Path, files: Files) -> None:
+    items = [(name, spec.dtype, spec.shape) for name, spec in source.header.specs.items()]
+    with ShardWriter(path, items, files) as writer:
+        for name, spec in source.header.specs.items():
+            source.copy_to(spec, writer, name)
+        writer.publish()
+
+
+class NoBuffer(Files):
+    """Refuses to move bytes through this process."""
+
+    def read_into(self, fd: int, target: memoryview, offset: int, path: Path) -> None:
+        raise StorageError(f"{len(target)} bytes came through user space")
+
+
+def test_copies_are_made_in_the_kernel(tmp_path: Path) -> None:
+    source = big_source(tmp_path)
+    try:
+        copy_all(source, tmp_path / "copy.safetensors", NoBuffer())
+    except StorageError as error:
+        if "user space" not in str(error):
+            raise
+        pytest.skip("this file system has no copy_file_range")
+    copied = load_file(tmp_path / "copy.safetensors")
+    assert same(copied["x"], noise(torch.uint8, (3_000_001,)))
+    assert same(copied["y"], noise(torch.bfloat16, (999,)))
+
+
+def test_copies_go_through_a_buffer_where_the_kernel_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def refuse(*arguments: object) -> int:
+        asked.append(arguments)
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    copy_all(big_source(tmp_path), tmp_path / "copy.safetensors", Files())
+    assert asked
+    copied = load_file(tmp_path / "copy.safetensors")
+    assert same(copied["x"], noise(torch.uint8, (3_000_001,)))
+    assert same(copied["y"], noise(torch.bfloat16, (999,)))
+
+
+# --------------------------------------------------------------- suspended and resumed
+
+
+def resume(folder: Path, finished: set[str], plan: list[tuple[str, torch.dtype, tuple[int, ...]]]):  # type: ignore[no-untyped-def]
+    return ShardWriter.resumed(
+        folder / "out.safetensors", plan, Files(), {"k": "v"}, finished=finished
+    )
+
+
+def test_a_suspended_file_is_gone_on_with(tmp_path: Path) -> None:
+    with begin(tmp_path) as writer:
+        writer.write("a", tensor_bytes(VALUES["a"]))
+        writer.suspend()
+    assert names_in(tmp_path) == ["out.safetensors.partial"]
+    with resume(tmp_path, {"a", "elsewhere"}, PLAN) as writer:
+        with pytest.raises(StorageError, match="'b'"):
+            writer.publish()
+        writer.write("b", tensor_bytes(VALUES["b"]))
+        writer.publish()
+    assert names_in(tmp_path) == ["out.safetensors"]
+    loaded = load_file(tmp_path / "out.safetensors")
+    assert all(same(loaded[name], value) for name, value in VALUES.items())
+
+
+def test_with_nothing_finished_a_left_file_is_begun_anew(tmp_path: Path) -> None:
+    (tmp_path / "out.safetensors.partial").write_bytes(b"what a killed process left")
+    with resume(tmp_path, set(), PLAN) as writer:
+        for name, value in VALUES.items():
+            writer.write(name, tensor_bytes(value))
+        writer.publish()
+    assert load_file(tmp_path / "out.safetensors").keys() == {"a", "b", "e"}
+
+
+@pytest.mark.parametrize("fault", ["missing", "shorter", "other plan"])
+def test_a_file_that_is_not_the_one_begun_is_refused_and_left(tmp_path: Path, fault: str) -> None:
+    with begin(tmp_path) as writer:
+        writer.write("a", tensor_bytes(VALUES["a"]))
+        writer.suspend()
+    left = tmp_path / "out.safetensors.partial"
+    plan = [*PLAN[:1], ("c", torch.uint8, (64,)), PLAN[2]] if fault == "other plan" else PLAN
+    if fault == "missing":
+        left.unlink()
+    elif fault == "shorter":
+        os.truncate(left, left.stat().st_size - 1)
+    with pytest.raises(DamagedFileError, match="begin anew"):
+        resume(tmp_path, {"a"}, plan)
+    assert left.exists() == (fault != "missing")
