@@ -17,6 +17,7 @@ from typing import Any
 from diskoffload.budget import format_bytes
 from diskoffload.checkpoint.publish import check_space, copy_side_files, write_text
 from diskoffload.checkpoint.source import CONFIG_NAME
+from diskoffload.errors import StorageError
 from diskoffload.progress import byte_bar
 from diskoffload.quantize.plan import Job, QuantizePlan, prepare
 from diskoffload.quantize.state import State
@@ -124,22 +125,25 @@ class _Work:
             Interrupted: ``stop`` said so; what is done is kept.
         """
         tensors = list(self._job.checkpoint.tensors.values())
+        pairs = zip(tensors, [*tensors[1:], None], strict=True)
         try:
-            for number, (tensor, following) in enumerate(
-                zip(tensors, [*tensors[1:], None], strict=True)
-            ):
+            for number, (tensor, following) in enumerate(pairs):
                 name = tensor.spec.name
                 if name not in self._state.done:
                     if stop():
-                        self._suspend(number)
+                        raise Interrupted(
+                            f"stopped after {number} of {len(tensors)} tensors; what is done lies "
+                            f"in {self._folder}: the same command goes on from there"
+                        )
                     if following is not None:
                         following.shard.prefetch(following.spec)
                     self._write(name, tensor)
+                    self._state.done.add(name)
                 self._count_off(name)
                 bar.update(tensor.spec.nbytes)
-        finally:
-            for writer in self._writers.values():
-                writer.abandon()
+        except BaseException:
+            self._keep()
+            raise
 
     def _write(self, name: str, tensor: ShardTensor | EncodedTensor) -> None:
         assert isinstance(tensor, ShardTensor)  # checked when the job was planned
@@ -183,15 +187,25 @@ class _Work:
     def _is_ahead(self, name: str) -> bool:
         return any(self._left[self._file_of[key]] for key in self._job.outputs[name])
 
-    def _suspend(self, number: int) -> None:
-        for file in list(self._writers):
-            self._writers.pop(file).suspend()
-        names = list(self._job.checkpoint.tensors)
-        self._state.store(names[:number])
-        raise Interrupted(
-            f"stopped after {number} of {len(names)} tensors; what is done lies in "
-            f"{self._folder}: the same command goes on from there"
-        )
+    def _keep(self) -> None:
+        """Leave unfinished files so that a later run goes on with them, if that can be done."""
+        lost = set()
+        for file, writer in self._writers.items():
+            try:
+                writer.suspend()
+            except StorageError:
+                writer.abandon()
+                lost.add(file)
+        done = self._state.done
+        kept = [
+            name
+            for name, keys in self._job.outputs.items()
+            if name in done and not any(self._file_of[key] in lost for key in keys)
+        ]
+        try:
+            self._state.store(kept)
+        except StorageError as error:
+            _log.warning("what was done last could not be noted, and will be done again: %s", error)
 
 
 def _finish(job: Job, partial: Path, out: Path, state: State) -> None:

@@ -24,7 +24,7 @@ class State:
         self._files = job.files
         self._identity = _identity(job)
         self.done: set[str] = set()
-        if not folder.exists():
+        if not folder.exists() or not any(folder.iterdir()):
             return
         found = self._read()
         if found.get("job") != self._identity:
@@ -32,7 +32,16 @@ class State:
                 f"{folder} is there and belongs to another source, scheme or ignore list; "
                 "remove it, or name another result"
             )
-        self.done = set(found.get("done", ()))
+        here = {path.name.removesuffix(".partial") for path in folder.glob("*.safetensors*")}
+        gone = {
+            planned[0]
+            for file, items in job.layout.files.items()
+            for planned in items
+            if file not in here
+        }
+        # A file may be gone although it was noted: a full disk can forbid to take a note back.
+        noted = set(found.get("done", ()))
+        self.done = {name for name in noted if gone.isdisjoint(job.outputs.get(name, gone))}
 
     @property
     def written_bytes(self) -> int:
@@ -45,7 +54,8 @@ class State:
 
     def begin(self) -> None:
         """Make the folder and say whose it is."""
-        if self._files.make_folder(self._folder):
+        self._files.make_folder(self._folder)
+        if not self._path.exists():
             self.store(())
 
     def store(self, done: Iterable[str]) -> None:

@@ -19,6 +19,7 @@ import torch
 from diskoffload.residency.held import Backing, Held, State
 from diskoffload.store.writer import Ticket
 from diskoffload.system.headroom import Headroom
+from diskoffload.system.memory import trim_heap
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ _RESERVE_BYTES = 512 << 20
 _RESERVE_SHARE = 0.1
 # How many entries in use are looked at again per slow operation: keeps each one O(1).
 _LOOKS = 4
+# How much of the C library's memory is freed before it is asked to give it back (some ms).
+_TRIM_BYTES = 64 << 20
 
 
 class Residency:
@@ -54,6 +57,7 @@ class Residency:
         self._arrived: deque[weakref.ref[Held]] = deque()
         self._lingering: deque[weakref.ref[Held]] = deque()
         self._parked: dict[Held, None] = {}
+        self._freed_bytes = 0
 
     @property
     def loaded_bytes(self) -> int:
@@ -208,6 +212,9 @@ class Residency:
                 held = waiting.popleft()()
                 if held is not None and not self._settle_one(held):
                     self._lingering.append(weakref.ref(held))
+        if self._freed_bytes >= _TRIM_BYTES:
+            self._freed_bytes = 0
+            trim_heap()
         for held in list(islice(self._parked, _LOOKS)):
             del self._parked[held]
             self.park(held)
@@ -228,6 +235,7 @@ class Residency:
             held.publish()
             return True
         held.backing, held.ticket = held.backing.succeed(ticket), None
+        self._freed_bytes += held.nbytes
         value = held.backing.beneath(held.tensor.device)
         if value is None:
             held.vacate()

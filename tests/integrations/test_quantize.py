@@ -216,6 +216,27 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
+def test_a_resumed_run_that_fails_can_be_resumed(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    source = checkpoints["llama"]
+    with pytest.raises(Interrupted):
+        quantize_checkpoint(source, tmp_path / "out", "FP8", stop=_stop_after(6))
+
+    def fail() -> bool:
+        if asked.pop():
+            raise ZeroDivisionError
+        return False
+
+    asked = [True, False, False]
+    with pytest.raises(ZeroDivisionError):
+        quantize_checkpoint(source, tmp_path / "out", "FP8", stop=fail)
+    result = quantize_checkpoint(source, tmp_path / "out", "FP8")
+    assert result.resumed == 8
+    quantize_checkpoint(source, tmp_path / "whole", "FP8")
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_command_goes_on(
     checkpoints: dict[str, Path], tmp_path: Path, number: int
