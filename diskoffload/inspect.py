@@ -104,7 +104,7 @@ class Inspection:
         lines: list[str] = []
         for shard in self.shards:
             size = format_bytes(shard.file_bytes)
-            state = shard.fault or f"{len(shard.tensors)} tensors"
+            state = shard.fault or _count(len(shard.tensors), "tensor")
             lines.append(f"{Path(shard.path).name}  {size}  {state}")
             if only_shards:
                 continue
@@ -115,11 +115,15 @@ class Inspection:
             for dtype, size in totals["stored_bytes_by_dtype"].items()
         )
         lines.append(
-            f"{totals['shards']} shards, {totals['tensors']} tensors, "
+            f"{_count(totals['shards'], 'shard')}, {_count(totals['tensors'], 'tensor')}, "
             f"{format_bytes(totals['file_bytes'])} on disk for "
             f"{format_bytes(totals['value_bytes'])} of values ({by_dtype or 'nothing'})"
         )
         return "\n".join(lines)
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _rows(tensors: list[TensorInfo]) -> list[str]:

@@ -245,6 +245,14 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
                 made._show(key, twin)
         return made
 
+    def __del__(self) -> None:
+        # A tie's entry outlives this cache, and would keep the tensors beside it.
+        published = self.__dict__.get("_published")
+        if published is not None:
+            for held in self._held.values():
+                if held is not None:
+                    held.unbind_all(published)
+
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({list(self._held)}, onload_device={self.onload_device}, "

@@ -17,7 +17,7 @@ from diskoffload.store.header import ALIGNMENT_BYTES
 from diskoffload.store.shard import Shard, tensor_bytes
 from diskoffload.store.stored import Stored
 from diskoffload.store.writer import Ticket
-from diskoffload.system.memory import PAGE_BYTES, empty, written_pages
+from diskoffload.system.memory import PAGE_BYTES, discard_written, empty, written_pages
 
 
 class DiskBacking:
@@ -90,6 +90,12 @@ class DiskBacking:
 
         stored = self.stored.over(twin_of)
         return DiskBacking(self.folder, self.compression, stored, align=self.align)
+
+    def forget_edits(self, address: int, nbytes: int) -> None:
+        """Drop the kernel's private copies of the pages that were written, but for the edges."""
+        mapped = self.beneath(torch.device("cpu"))
+        if mapped is not None and mapped.data_ptr() == address and mapped.nbytes == nbytes:
+            discard_written(address, nbytes)
 
     def was_edited(self, value: torch.Tensor) -> bool:
         """Find edits of a mapped value: the kernel says which pages were written.
@@ -204,7 +210,10 @@ class DiskCache(OffloadCache, kind="disk"):
             StorageError: a write failed; the values are still held, and a later call
                 tries again.
         """
-        self.residency.sync(self.folder.flush)
+        self.residency.sync(self._is_mine)
+
+    def _is_mine(self, held: Held) -> bool:
+        return isinstance(held.backing, DiskBacking) and held.backing.folder is self.folder
 
     def _like(self) -> DiskCache:
         return DiskCache(

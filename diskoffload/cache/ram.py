@@ -50,6 +50,9 @@ class RamBacking:
         """Answer ``None``: what is in RAM must be copied."""
         return None
 
+    def forget_edits(self, address: int, nbytes: int) -> None:
+        """Do nothing: edits here cost nothing of their own."""
+
     def was_edited(self, value: torch.Tensor) -> bool:
         """Answer no: an edit of the memory is an edit of the offloaded value."""
         return False
@@ -101,7 +104,8 @@ class RamCache(OffloadCache):
             memory = empty(tensor.dtype, tuple(tensor.shape)).copy_(tensor.detach())
         else:
             memory = tensor.detach().to(place, copy=True)
-        held.backing, held.ticket = RamBacking(memory), None
+        held.drop_ticket()
+        held.backing = RamBacking(memory)
         if held.backing.is_on(tensor.device):
             held.lay(memory, State.BENEATH)
         else:

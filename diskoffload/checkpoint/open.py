@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from diskoffload.integrations.transformers_conversion import (
 from diskoffload.integrations.transformers_tensors import compute_tensors, untie
 from diskoffload.module import attach_caches, is_offloaded
 from diskoffload.planning import format_bytes, parse_bytes
-from diskoffload.residency.held import Held, State
+from diskoffload.residency.held import Held, State, object_like
 from diskoffload.residency.resident import Residency, default_residency
 from diskoffload.store.folder import Folder, open_folders
 from diskoffload.store.recipe import Recipe
@@ -126,7 +127,7 @@ def open_checkpoint(
     budgets = {"cpu": max_memory} if isinstance(max_memory, (int, str)) else dict(max_memory or {})
     ram = budgets.get("cpu")
     residency = default_residency if ram is None else Residency(parse_bytes(ram))
-    folder = open_folders.at(offload_dir)
+    folder = _folder_beside(checkpoint, offload_dir)
     options = _CacheOptions(onload_device, folder, compression, residency, align)
     _bind(model, checkpoint, found, options)
     _log.info(
@@ -142,6 +143,17 @@ def open_checkpoint(
     if set(budgets) - {"cpu", "disk"}:
         dispatch_model(model, max_memory=budgets, offload_dir=folder, compression=compression)
     return model
+
+
+def _folder_beside(checkpoint: Checkpoint, offload_dir: Folder | Path | str | None) -> Folder:
+    if isinstance(offload_dir, (str, Path)):
+        place = Path(offload_dir).expanduser().resolve()
+        if place == checkpoint.folder.resolve():
+            raise InvalidInputError(
+                f"offload_dir is the checkpoint's own folder {place}, to which nothing is ever "
+                "written; name another one"
+            )
+    return open_folders.at(offload_dir)
 
 
 @dataclass(frozen=True)
@@ -169,6 +181,12 @@ class _CacheOptions:
 
 
 def _check_plain(model: torch.nn.Module) -> None:
+    real = [name for name, parameter in model.named_parameters() if not parameter.is_meta]
+    if real:
+        raise InvalidInputError(
+            f"{len(real)} parameters of the model have values already, {real[0]!r} among them; "
+            "give a model built on the meta device (with torch.device('meta'): ...)"
+        )
     offloaded = [name for name, module in model.named_modules() if is_offloaded(module)]
     if offloaded:
         raise AlreadyOffloadedError(
@@ -199,11 +217,14 @@ def _same_value(first: Stored, second: Stored) -> bool:
 
 
 def _recipes(model: torch.nn.Module, checkpoint: Checkpoint) -> RecipeSet:
-    try:
-        require_pretrained(model)
-    except (InvalidInputError, ImportError):
-        return _recipes_by_name(model, checkpoint)
-    return _transformers_recipes(model, checkpoint)
+    # Asking transformers takes seconds, and who has not imported it has no model of its.
+    if "transformers" in sys.modules:
+        try:
+            require_pretrained(model)
+        except (InvalidInputError, ImportError):
+            return _recipes_by_name(model, checkpoint)
+        return _transformers_recipes(model, checkpoint)
+    return _recipes_by_name(model, checkpoint)
 
 
 def _recipes_by_name(model: torch.nn.Module, checkpoint: Checkpoint) -> RecipeSet:
@@ -302,7 +323,8 @@ def _bind(
             recipe = found.recipes[name]
             stored = _stored(recipe, checkpoint, tensor.dtype, tuple(tensor.shape))
             backing = DiskBacking(options.folder, options.compression, stored, align=options.align)
-            held = Held(name, backing, template=tensor)
+            template = tensor if tensor.is_meta else object_like(tensor, tensor.to("meta"))
+            held = Held(name, backing, template=template)
         made[id(tensor)] = held
         return held
 

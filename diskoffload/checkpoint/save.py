@@ -64,7 +64,7 @@ def save_checkpoint(
         UnsupportedTensorError: a tensor that safetensors cannot store.
         StorageError: writing failed; ``out`` is as it was.
     """
-    path = Path(out).expanduser().absolute()
+    path = Path(out).expanduser().resolve()  # through a link: its target is replaced, not it
     max_shard_bytes = parse_bytes(max_shard_size)
     if max_shard_bytes < 1:
         raise InvalidInputError(f"max_shard_size is {max_shard_size!r}; give at least one byte")
@@ -104,6 +104,8 @@ def _write_configs(model: torch.nn.Module, folder: Path) -> None:
             continue
         if attribute == "config" and not getattr(config, "architectures", None):
             config.architectures = [type(model).__name__]
+        if attribute == "config" and isinstance(getattr(model, "dtype", None), torch.dtype):
+            config.dtype = model.dtype
         config.save_pretrained(folder)
 
 
@@ -283,7 +285,8 @@ def _is_as_stored(value: _Value) -> bool:
         return False
     backing, _ = current_value(value)
     stored = backing.stored if isinstance(backing, DiskBacking) else None
-    return isinstance(stored, (AssembledTensor, ShardTensor))
+    # Only a checkpoint's own pieces are assembled; what we have written ourselves is whole.
+    return isinstance(stored, AssembledTensor)
 
 
 def _inverse(permutation: tuple[int, ...]) -> tuple[int, ...]:

@@ -110,7 +110,7 @@ def prepare(
 ) -> Job:
     """Check every argument, read the headers and plan; arguments as of ``quantize_checkpoint``."""
     scheme = scheme_named(scheme_name)
-    target = Path(out).expanduser().absolute()
+    target = Path(out).expanduser().resolve()
     check_output(target, overwrite=False)
     max_shard_bytes = parse_bytes(max_shard_size)
     checkpoint = Checkpoint(source)

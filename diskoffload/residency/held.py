@@ -68,6 +68,9 @@ class Backing(Protocol):
     def was_edited(self, value: torch.Tensor) -> bool:
         """Tell whether memory given by :meth:`beneath` was changed in place."""
 
+    def forget_edits(self, address: int, nbytes: int) -> None:
+        """Give back what edits at this place have cost; nobody uses it any more."""
+
 
 class Held:
     """One entry. Guarded by its residency's lock, but for :attr:`tensor`, which is for life.
@@ -86,6 +89,7 @@ class Held:
         "__weakref__",
         "_address",
         "_digest",
+        "_strides",
         "_template",
         "backing",
         "bindings",
@@ -115,13 +119,20 @@ class Held:
         self._template = template
         self._digest = b""
         self._address = 0
+        self._strides: tuple[int, ...] = ()
         for shown in (tensor, template):
             if shown is not None:
                 _by_object[id(shown)] = self
 
     def __del__(self) -> None:
         if self.ticket is not None:
-            self.ticket.cancelled = True
+            self.ticket.cancel()
+
+    def drop_ticket(self) -> None:
+        """Give up the write under way, if any; nobody else would tell its folder."""
+        if self.ticket is not None:
+            self.ticket.cancel()
+            self.ticket = None
 
     def __repr__(self) -> str:
         return f"Held({self.name!r}, {self.state.name})"
@@ -129,6 +140,7 @@ class Held:
     @property
     def offloaded(self) -> torch.Tensor:
         """What stands for the entry when onloading is disabled."""
+        self._refresh_template()
         memory = self.backing.memory if self.backing is not None else self.tensor
         if self.tensor is not None and memory is not None and self.state is not State.LOADED:
             return self.tensor
@@ -138,6 +150,20 @@ class Held:
             self._template = object_like(self.tensor, shown)
             _by_object[id(self._template)] = self
         return self._template
+
+    def _refresh_template(self) -> None:
+        """Have the stand-in follow what was done to the object meanwhile."""
+        tensor, template = self.tensor, self._template
+        if tensor is None or template is None:
+            return
+        if self.state is not State.VACANT and (
+            (template.dtype, template.shape, template.stride())
+            != (tensor.dtype, tensor.shape, tensor.stride())
+        ):
+            self._template = None
+            return
+        template.requires_grad_(tensor.requires_grad)
+        template.__dict__.update(tensor.__dict__)
 
     @property
     def nbytes(self) -> int:
@@ -181,13 +207,16 @@ class Held:
 
     def lay(self, value: torch.Tensor, state: State) -> None:
         """Put memory beneath the object; ``value``'s other users keep sharing it."""
-        if self.tensor is None:
-            assert self._template is not None
-            self.tensor = object_like(self._template, value)
-            _by_object[id(self.tensor)] = self
-        elif value is not self.tensor:
-            self.tensor.data = value.detach()
+        # A tensor made in inference mode would be one for life, and refuse autograd.
+        with torch.inference_mode(False):
+            if self.tensor is None:
+                assert self._template is not None
+                self.tensor = object_like(self._template, value)
+                _by_object[id(self.tensor)] = self
+            elif value is not self.tensor:
+                self.tensor.data = value.detach()
         self.state = state
+        self._strides = self.tensor.stride()
         if state is State.BENEATH:
             self._address = self.tensor.data_ptr()
         elif state is State.LOADED:
@@ -197,7 +226,8 @@ class Held:
         """Take the memory away. To be called on an unpublished, unheld entry only."""
         assert self.tensor is not None
         # No elements rather than no memory: a stray use is then a clear error, not a crash.
-        self.tensor.data = torch.empty(0, dtype=self.tensor.dtype, device=self.tensor.device)
+        with torch.inference_mode(False):
+            self.tensor.data = torch.empty(0, dtype=self.tensor.dtype, device=self.tensor.device)
         self.state = State.VACANT
 
     def is_unheld(self) -> bool:
@@ -228,6 +258,8 @@ class Held:
         if self.state is State.FRESH:
             return not self.is_stored()
         if self.backing.layout != (self.tensor.dtype, tuple(self.tensor.shape)):
+            return True
+        if self.tensor.stride() != self._strides:
             return True
         if self.state is State.BENEATH:
             moved = self.tensor.data_ptr() != self._address

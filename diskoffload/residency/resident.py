@@ -19,7 +19,7 @@ import torch
 from diskoffload.residency.held import Backing, Held, State
 from diskoffload.store.writer import Ticket
 from diskoffload.system.headroom import Headroom
-from diskoffload.system.memory import trim_heap
+from diskoffload.system.memory import empty, trim_heap
 
 _log = logging.getLogger(__name__)
 
@@ -177,12 +177,11 @@ class Residency:
         if held.state is State.BENEATH and not held.is_changed():
             return
         if held.state is State.LOADED and not held.is_changed():
-            held.state = State.VACANT
             return
         assert held.tensor is not None
-        if held.ticket is not None:
-            held.ticket.cancelled = True
         outcome = held.backing.rewrite(held.name, held.tensor.detach())
+        if held.ticket is not None:
+            held.ticket.cancel()
         held.state = State.FRESH
         if isinstance(outcome, Ticket):
             held.ticket = outcome
@@ -200,10 +199,33 @@ class Residency:
             RuntimeError: shapes that do not broadcast, as ``Tensor.copy_`` does.
         """
         with self.lock, torch.no_grad():
-            tensor = self.onload(held, device)
-            tensor.copy_(data)
+            self.onload(held, device)
+            if not self._renew(held, data):
+                assert held.tensor is not None  # it was onloaded
+                held.tensor.copy_(data)
             if held.state is not State.AS_IS:
                 self._write_back(held)
+
+    def _renew(self, held: Held, data: torch.Tensor) -> bool:
+        """Lay new memory with a new value beneath an unheld object that a file lies beneath.
+
+        Copying into it would cost the kernel's private copy of every page, for as long as
+        the file is mapped.
+        """
+        if (
+            held.state is not State.BENEATH
+            or held.backing is None
+            or held.backing.memory is not None
+        ):
+            return False
+        held.unpublish()
+        unheld = held.is_unheld()
+        tensor = held.publish()
+        if unheld:
+            fresh = empty(tensor.dtype, tuple(tensor.shape))
+            fresh.copy_(data)
+            held.lay(fresh, State.FRESH)
+        return unheld
 
     def _settle(self) -> None:
         """Act on writes that have ended, and look again at a few that were in use before."""
@@ -234,14 +256,16 @@ class Residency:
             self._write_back(held)
             held.publish()
             return True
-        held.backing, held.ticket = held.backing.succeed(ticket), None
-        self._freed_bytes += held.nbytes
+        before, held.backing, held.ticket = held.backing, held.backing.succeed(ticket), None
+        address, nbytes = held.tensor.data_ptr(), held.nbytes
+        self._freed_bytes += nbytes
         value = held.backing.beneath(held.tensor.device)
         if value is None:
             held.vacate()
         else:
             held.lay(value, State.BENEATH)
             held.publish()
+        before.forget_edits(address, nbytes)
         return True
 
     def park(self, held: Held) -> None:
@@ -258,20 +282,28 @@ class Residency:
         with self.lock:
             self._parked.pop(held, None)
 
-    def sync(self, flush: Callable[[], None]) -> None:
+    def sync(self, selects: Callable[[Held], bool]) -> None:
         """Write what was changed in any way, and return when it is written.
 
         Args:
-            flush: waits for the writes under way; raises their errors.
+            selects: which entries are meant.
+
+        Raises:
+            ClosedError: a folder that changes belong in was closed.
+            StorageError: a write failed; the values are still held, and a later call tries
+                again.
         """
         with self.lock:
-            for held in list(self._known):
-                if held.state is State.FRESH and held.ticket is not None:
-                    if held.ticket.stored is not None and not held.is_stored():
-                        self._write_back(held)
-                elif held.state is not State.LOADED or held.is_changed():
+            chosen = [held for held in list(self._known) if selects(held)]
+            for held in chosen:
+                ticket = held.ticket
+                lost = ticket is None or ticket.cancelled
+                late = ticket is not None and ticket.stored is not None and not held.is_stored()
+                if held.state is not State.FRESH or lost or late:
                     self._write_back(held)
-            flush()
+            under_way = [held.ticket.folder for held in chosen if held.ticket is not None]
+            for folder in {id(one): one for one in under_way if one is not None}.values():
+                folder.flush()
             self._settle()
 
 

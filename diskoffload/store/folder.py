@@ -96,16 +96,20 @@ class Folder:
             raise ClosedError(f"cannot offload {name!r} to {self.path}: it was closed")
         if codec is not None:
             codec_named(codec)
-        return self._writer.put(name, tensor, codec)
+        ticket = self._writer.put(name, tensor, codec)
+        ticket.folder = self
+        return ticket
 
     def flush(self) -> None:
         """Write all that is queued and return when it is in the files.
 
         Raises:
             StorageError: a write failed; its tensors are still queued.
-            ClosedError: the folder belongs to the parent process.
+            ClosedError: the folder was closed, or belongs to the parent process.
         """
         self._check_ours(f"write what waits for {self.path}")
+        if not self.is_open:
+            raise ClosedError(f"cannot write what waits for {self.path}: it was closed")
         self._writer.flush()
 
     def _check_ours(self, action: str) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import xxhash
@@ -48,6 +49,13 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
 
 
+class Flushable(Protocol):
+    """Where tickets go."""
+
+    def flush(self) -> None:
+        """Write all that is queued."""
+
+
 @dataclass(eq=False)
 class Ticket:
     """One tensor on its way to disk.
@@ -60,7 +68,8 @@ class Ticket:
         codec: name of the codec to try, or ``None``.
         stored: the value on disk, once it is there.
         digest: of exactly the bytes that were stored.
-        cancelled: set by the owner when the value is no longer wanted.
+        cancelled: whether its owner no longer wants the value stored.
+        folder: where it is going; kept alive until it is there.
     """
 
     name: str
@@ -70,6 +79,7 @@ class Ticket:
     stored: Stored | None = None
     digest: bytes = b""
     cancelled: bool = False
+    folder: Flushable | None = field(default=None, repr=False)
     _listener: Callable[[], None] | None = field(default=None, repr=False)
 
     def notify(self, listener: Callable[[], None]) -> None:
@@ -78,10 +88,16 @@ class Ticket:
         if self.stored is not None:
             self._tell()
 
+    def cancel(self) -> None:
+        """Say that the value is no longer wanted."""
+        self.cancelled = True
+        self.folder = None
+
     def fulfil(self, stored: Stored) -> None:
         """Say that the value is on disk, and let go of it."""
         self.stored = stored
         self.tensor = None
+        self.folder = None
         self._tell()
 
     def _tell(self) -> None:

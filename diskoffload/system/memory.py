@@ -30,6 +30,7 @@ PAGE_BYTES = mmap.PAGESIZE
 # mman.h on Linux; absent from the mmap module before Python 3.13.
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 _MAP_FAILED = ctypes.c_void_p(-1).value
+_MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
 _HUGE_FROM_BYTES = 4 << 20
 _PAGEMAP_PRESENT_OR_SWAPPED = np.uint64(0b11 << 62)
@@ -196,6 +197,17 @@ def _written_runs(first: int, last: int) -> Iterator[tuple[int, int]]:
                 yield (begin + start) * PAGE_BYTES, (begin + stop) * PAGE_BYTES
     finally:
         os.close(fd)
+
+
+def discard_written(address: int, nbytes: int) -> None:
+    """Give back the written pages that lie wholly in a range of a private file mapping.
+
+    What was written there is lost: the range reads as the file again.
+    """
+    first = -(-address // PAGE_BYTES) * PAGE_BYTES
+    last = (address + nbytes) // PAGE_BYTES * PAGE_BYTES
+    if last > first:
+        _libc.madvise(first, last - first, _MADV_DONTNEED)
 
 
 def anonymous_bytes_of_process() -> int | None:
