@@ -207,14 +207,12 @@ class Held:
 
     def lay(self, value: torch.Tensor, state: State) -> None:
         """Put memory beneath the object; ``value``'s other users keep sharing it."""
-        # A tensor made in inference mode would be one for life, and refuse autograd.
-        with torch.inference_mode(False):
-            if self.tensor is None:
-                assert self._template is not None
-                self.tensor = object_like(self._template, value)
-                _by_object[id(self.tensor)] = self
-            elif value is not self.tensor:
-                self.tensor.data = value.detach()
+        if self.tensor is None:
+            assert self._template is not None
+            self.tensor = object_like(self._template, value)
+            _by_object[id(self.tensor)] = self
+        elif value is not self.tensor:
+            self.tensor.data = value.detach()
         self.state = state
         self._strides = self.tensor.stride()
         if state is State.BENEATH:

@@ -81,9 +81,11 @@ class Residency:
         """Bring an entry's value beneath its object on a device, and publish it."""
         with self.lock:
             self._known.add(held)
-            self._settle()
-            if held.state is State.VACANT or self._is_elsewhere(held, device):
-                self._bring(held, device)
+            # A tensor made in inference mode would be one for life, and refuse autograd.
+            with torch.inference_mode(False):
+                self._settle()
+                if held.state is State.VACANT or self._is_elsewhere(held, device):
+                    self._bring(held, device)
             return held.publish()
 
     def _is_elsewhere(self, held: Held, device: torch.device) -> bool:
@@ -165,7 +167,7 @@ class Residency:
 
     def adopt(self, held: Held, *, write: bool) -> None:
         """Keep an entry's books from now on; write its value behind the caller's back."""
-        with self.lock:
+        with self.lock, torch.inference_mode(False):
             self._known.add(held)
             self._settle()
             if write:
@@ -198,7 +200,7 @@ class Residency:
         Raises:
             RuntimeError: shapes that do not broadcast, as ``Tensor.copy_`` does.
         """
-        with self.lock, torch.no_grad():
+        with self.lock, torch.inference_mode(False), torch.no_grad():
             self.onload(held, device)
             if not self._renew(held, data):
                 assert held.tensor is not None  # it was onloaded
