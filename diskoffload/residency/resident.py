@@ -29,7 +29,7 @@ _RESERVE_SHARE = 0.1
 # How many entries in use are looked at again per slow operation: keeps each one O(1).
 _LOOKS = 4
 # How much of the C library's memory is freed before it is asked to give it back (some ms).
-_TRIM_BYTES = 64 << 20
+_TRIM_BYTES = 16 << 20
 
 
 class Residency:
@@ -169,6 +169,9 @@ class Residency:
         """Keep an entry's books from now on; write its value behind the caller's back."""
         with self.lock, torch.inference_mode(False):
             self._known.add(held)
+            if write and held.tensor is not None:
+                # Whoever made it has most likely freed as much on the way.
+                self._freed_bytes += held.nbytes
             self._settle()
             if write:
                 self._write_back(held)

@@ -38,6 +38,8 @@ from diskoffload.system.files import Files
 _WORTH_PACKING = 0.9
 _STEP_BYTES = 8 << 20
 _GROUPS_ON_THEIR_WAY = 1
+# Tensors larger than a group count as what they are: then one waits for the other.
+_GROUPS_IN_MEMORY = 2
 
 
 def digest_of(tensor: torch.Tensor) -> bytes:
@@ -151,6 +153,7 @@ class Writer:
             while self._running and (
                 self._running[0][1].done()
                 or (completes and len(self._running) >= _GROUPS_ON_THEIR_WAY)
+                or self._in_memory_bytes() + nbytes > _GROUPS_IN_MEMORY * self._group_bytes
             ):
                 self._finish_oldest()
             self._group.append(ticket)
@@ -180,6 +183,10 @@ class Writer:
                 self._executor.shutdown(wait=wait, cancel_futures=True)
                 self._executor = None
             self._running.clear()
+
+    def _in_memory_bytes(self) -> int:
+        running = (ticket.nbytes for group, _ in self._running for ticket in group)
+        return self._waiting_bytes + sum(running)
 
     def _start_group(self) -> None:
         group = [ticket for ticket in self._group if not ticket.cancelled]
