@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,13 @@ sys.path.insert(0, str(ROOT / "tools"))
 from cgroup import MemoryCgroup, memory_cgroup, why_not  # noqa: E402
 
 from diskoffload.system.files import memory_file_system  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> None:
+    """Keep the collector from looking at all of torch's objects again in every test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

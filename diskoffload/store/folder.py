@@ -96,9 +96,7 @@ class Folder:
             raise ClosedError(f"cannot offload {name!r} to {self.path}: it was closed")
         if codec is not None:
             codec_named(codec)
-        ticket = self._writer.put(name, tensor, codec)
-        ticket.folder = self
-        return ticket
+        return self._writer.put(name, tensor, codec, self)
 
     def flush(self) -> None:
         """Write all that is queued and return when it is in the files.

@@ -138,7 +138,9 @@ class Writer:
         self._thread_id = 0
         self.written_groups = 0
 
-    def put(self, name: str, tensor: torch.Tensor, codec: str | None) -> Ticket:
+    def put(
+        self, name: str, tensor: torch.Tensor, codec: str | None, folder: Flushable | None = None
+    ) -> Ticket:
         """Queue a tensor; may wait for older ones.
 
         Raises:
@@ -147,7 +149,7 @@ class Writer:
         """
         _check_storable(name, tensor)
         nbytes = tensor.numel() * tensor.dtype.itemsize
-        ticket = Ticket(name, tensor, codec, nbytes)
+        ticket = Ticket(name, tensor, codec, nbytes, folder=folder)
         with self._lock:
             completes = self._waiting_bytes + nbytes >= self._group_bytes
             while self._running and (

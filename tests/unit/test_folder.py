@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -194,7 +194,8 @@ def test_a_closed_folder_takes_no_more_and_stays_readable(place: Path) -> None:
     assert not folder.is_open
     with pytest.raises(ClosedError, match=r"cannot offload 'w' to .*: it was closed"):
         put(folder)
-    folder.flush()
+    with pytest.raises(ClosedError, match=r"cannot write what waits for .*: it was closed"):
+        folder.flush()
     assert ticket.stored is not None
     assert same(ticket.stored.load(), torch.full((4 * KIB,), 1.0))
     assert shards_in(place) == 1
@@ -264,8 +265,8 @@ def test_mappings_of_offloaded_values_go(place: Path) -> None:
     assert mappings_of(path) == 0
 
 
-class CollectsGarbage(Files):
-    """Runs the garbage collector in the writer's thread, once it is told to."""
+class Slow(Files):
+    """Waits in every write until it is told to go on."""
 
     def __init__(self) -> None:
         self.started, self.go = threading.Event(), threading.Event()
@@ -273,39 +274,63 @@ class CollectsGarbage(Files):
     def write(self, fd: int, data: memoryview, offset: int, path: Path) -> None:
         self.started.set()
         self.go.wait(60)
-        gc.collect()
         super().write(fd, data, offset, path)
 
 
-@pytest.fixture
-def collecting_by_hand() -> Iterator[None]:
-    gc.disable()
-    yield
-    gc.enable()
-
-
-@pytest.mark.usefixtures("collecting_by_hand")
-def test_a_folder_may_be_collected_in_its_writers_thread(
+def test_a_folder_that_only_a_running_write_needs_ends_in_its_writers_thread(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     complaints: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", complaints.append)
-    files = CollectsGarbage()
+    files = Slow()
     folder = Folder(place, files=files, group_bytes=16 * KIB)
-    tickets = [put(folder), folder.put("small", torch.ones(3), None)]
-    cycle: list[object] = [folder]
-    cycle.append(cycle)
+    ticket, dropped = put(folder), folder.put("small", torch.ones(3), None)
+    dropped.cancel()
     finished = threading.Event()
-    tickets[0].notify(finished.set)
+    ticket.notify(finished.set)
     assert files.started.wait(60)
-    del cycle, folder
+    del folder
     files.go.set()
     assert finished.wait(60)
-    assert tickets[1].stored is None
     for thread in threading.enumerate():
         if thread.name.startswith("diskoffload-writer"):
             thread.join(60)
+            assert not thread.is_alive()
     assert [str(getattr(one, "exc_value", one)) for one in complaints] == []
-    tickets.clear()
-    gc.collect()
+    assert ticket.stored is not None
+    assert same(ticket.stored.load(), torch.full((4 * KIB,), 1.0))
+    assert shards_in(place) == 1
+    del ticket
     assert not place.exists()
+
+
+def test_a_ticket_keeps_its_folder_until_it_is_stored_or_cancelled(place: Path) -> None:
+    folder = Folder(place)
+    stored, waiting = put(folder, 1), put(folder, 2)
+    waiting.cancel()
+    assert stored.folder is folder
+    assert waiting.folder is None
+    folder.flush()
+    assert stored.folder is None
+    del folder
+    assert shards_in(place) == 1
+    del stored
+    assert not place.exists()
+
+
+def test_a_ticket_stored_at_once_keeps_no_folder(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The write may have ended before ``put`` returns."""
+    folder = Folder(place, group_bytes=1)
+    start = ThreadPoolExecutor.submit
+
+    def submit_and_wait(*arguments: Any) -> Any:
+        future = start(*arguments)
+        wait([future])
+        return future
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit_and_wait)
+    ticket = put(folder)
+    assert ticket.stored is not None
+    assert ticket.folder is None

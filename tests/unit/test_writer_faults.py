@@ -202,7 +202,7 @@ def test_the_digest_is_of_the_stored_bytes_whoever_writes_meanwhile(
     make: Callable[..., Bench], codec: str | None
 ) -> None:
     bench = make(group_bytes=1)
-    tensor = torch.zeros(3 * MIB, dtype=torch.uint8)
+    tensor = torch.zeros(20 * MIB, dtype=torch.uint8)
     stop = threading.Event()
 
     def scribble() -> None:
@@ -214,7 +214,7 @@ def test_the_digest_is_of_the_stored_bytes_whoever_writes_meanwhile(
     scribbler = threading.Thread(target=scribble)
     scribbler.start()
     try:
-        tickets = [bench.put(tensor, codec) for _ in range(12)]
+        tickets = [bench.put(tensor, codec) for _ in range(4)]
         bench.writer.flush()
     finally:
         stop.set()
