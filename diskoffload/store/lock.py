@@ -53,6 +53,7 @@ class Ownership:
         """Let a shard's file go when nothing in it is referred to any more."""
         with self._lock:  # the writer's thread adds while another lists
             self._shards.add(shard)
+        shard.rest()
         shard.owner = self
         weakref.finalize(shard, _remove_shard, self._files, self.pid, shard.path)
 

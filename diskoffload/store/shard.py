@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -85,8 +86,35 @@ class Shard:
         made._lock = threading.Lock()
         made._memory = None
         made._fd = -1
-        made._fd = self._files.duplicate(self._fd, self.path)
+        if self._fd >= 0:
+            made._fd = self._files.duplicate(self._fd, self.path)
         return made
+
+    def rest(self) -> None:
+        """Map the file and close the descriptor; later reads open it by its name.
+
+        For files that nobody should rename: a model's thousands of shards would need more
+        descriptors than a process may have. If somebody removes one all the same, its
+        mapping still has the bytes.
+        """
+        assert self.memory.nbytes  # it is mapped now
+        with self._lock:
+            self._close()
+
+    def _is_gone(self) -> bool:
+        return self._fd < 0 and self._memory is not None and not self.path.exists()
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        if self._fd >= 0:
+            yield self._fd
+            return
+        fd = self._files.open_for_reading(self.path)
+        try:
+            self._check_identity(fd)
+            yield fd
+        finally:
+            self._files.close(fd)
 
     def __del__(self) -> None:
         self._close()
@@ -101,7 +129,11 @@ class Shard:
 
     def check_unchanged(self) -> None:
         """Raise :class:`DamagedFileError` if the file was changed since it was opened."""
-        status = os.fstat(self._fd)
+        with self._opened() as fd:
+            self._check_identity(fd)
+
+    def _check_identity(self, fd: int) -> None:
+        status = os.fstat(fd)
         now = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         if now != self._identity:
             raise DamagedFileError(
@@ -114,8 +146,9 @@ class Shard:
         """The file's private mapping, made at the first use."""
         with self._lock:
             if self._memory is None:
-                self.check_unchanged()  # a file that shrank would be SIGBUS at the first touch
-                self._memory = map_file(self._fd, self.header.file_bytes, str(self.path))
+                with self._opened() as fd:
+                    self._check_identity(fd)  # one that shrank is SIGBUS at the first touch
+                    self._memory = map_file(fd, self.header.file_bytes, str(self.path))
             return self._memory
 
     def mapped(self, spec: StoredSpec) -> torch.Tensor:
@@ -126,22 +159,32 @@ class Shard:
 
     def read_into(self, spec: StoredSpec, target: memoryview, start: int = 0) -> None:
         """Read bytes of a tensor, from its byte ``start`` on, into ``target``."""
-        self._files.read_into(self._fd, target, spec.offset + start, self.path)
+        if self._is_gone():
+            target[:] = self.memory.view(spec.offset + start, len(target))
+            return
+        with self._opened() as fd:
+            self._files.read_into(fd, target, spec.offset + start, self.path)
 
     def prefetch(self, spec: StoredSpec) -> None:
         """Ask the kernel to read a tensor ahead of its use."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, spec.offset, spec.nbytes, os.POSIX_FADV_WILLNEED)
+            with self._opened() as fd:
+                os.posix_fadvise(fd, spec.offset, spec.nbytes, os.POSIX_FADV_WILLNEED)
 
     def drop_behind(self, spec: StoredSpec) -> None:
         """Tell the kernel that a tensor's pages are of no more use; a hint, no promise."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, spec.offset, spec.nbytes, os.POSIX_FADV_DONTNEED)
+            with self._opened() as fd:
+                os.posix_fadvise(fd, spec.offset, spec.nbytes, os.POSIX_FADV_DONTNEED)
 
     def copy_to(self, spec: StoredSpec, writer: ShardWriter, name: str) -> None:
         """Copy a tensor's bytes into a file being written, inside the kernel."""
-        self.check_unchanged()
-        writer.copy(name, self._fd, spec.offset)
+        if self._is_gone():
+            writer.write(name, self.memory.view(spec.offset, spec.nbytes))
+            return
+        with self._opened() as fd:
+            self._check_identity(fd)
+            writer.copy(name, fd, spec.offset)
 
 
 class ShardWriter:

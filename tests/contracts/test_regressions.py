@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import weakref
 from pathlib import Path
 from typing import Any
@@ -210,3 +211,18 @@ def test_saving_through_a_link_replaces_what_it_points_to(tmp_path: Path) -> Non
         assert (load_file(tmp_path / "real" / "model.safetensors")["weight"] == value).all()
     assert (tmp_path / "link").is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+@torch.no_grad()
+def test_many_shards_of_ours_hold_no_descriptors(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    modules = [disk_linear(tmp_path / "off", 8) for _ in range(40)]
+    for number, module in enumerate(modules):
+        module.weight.fill_(number)
+        module._parameters.sync()
+    assert len(list((tmp_path / "off").glob("*.safetensors"))) >= 40
+    assert len(os.listdir("/proc/self/fd")) - before < 5
+    for number, module in enumerate(modules):
+        assert (module.weight == number).all()
+        assert (copy.deepcopy(module).weight == number).all()
+    assert (saved(modules[7], tmp_path / "out")["weight"] == 7).all()
