@@ -133,6 +133,7 @@ class Writer:
         self._lock = threading.RLock()
         self._group: list[Ticket] = []
         self._waiting_bytes = 0
+        self._running_bytes = 0
         self._running: deque[tuple[list[Ticket], Future[None]]] = deque()
         self._executor: ThreadPoolExecutor | None = None
         self._thread_id = 0
@@ -155,7 +156,8 @@ class Writer:
             while self._running and (
                 self._running[0][1].done()
                 or (completes and len(self._running) >= _GROUPS_ON_THEIR_WAY)
-                or self._in_memory_bytes() + nbytes > _GROUPS_IN_MEMORY * self._group_bytes
+                or self._waiting_bytes + self._running_bytes + nbytes
+                > _GROUPS_IN_MEMORY * self._group_bytes
             ):
                 self._finish_oldest()
             self._group.append(ticket)
@@ -185,16 +187,14 @@ class Writer:
                 self._executor.shutdown(wait=wait, cancel_futures=True)
                 self._executor = None
             self._running.clear()
-
-    def _in_memory_bytes(self) -> int:
-        running = (ticket.nbytes for group, _ in self._running for ticket in group)
-        return self._waiting_bytes + sum(running)
+            self._running_bytes = 0
 
     def _start_group(self) -> None:
         group = [ticket for ticket in self._group if not ticket.cancelled]
         self._group, self._waiting_bytes = [], 0
         if not group:
             return
+        self._running_bytes += sum(ticket.nbytes for ticket in group)
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="diskoffload-writer")
         self._running.append((group, self._executor.submit(self._write, group)))
@@ -203,6 +203,7 @@ class Writer:
         group, future = self._running[0]
         error = future.exception()  # an interrupt here leaves the group on its way
         self._running.popleft()
+        self._running_bytes -= sum(ticket.nbytes for ticket in group)
         if error is not None:
             unwritten = [ticket for ticket in group if ticket.stored is None]
             self._group[:0] = unwritten
@@ -262,15 +263,17 @@ def _check_storable(name: str, tensor: torch.Tensor) -> None:
 def _unique(names: list[str]) -> list[str]:
     """Make keys of names: two models, or two values of one entry, may share a name."""
     taken = {METADATA_KEY}
+    last: dict[str, int] = {}  # where to go on: thousands may be called "weight"
     keys = []
     for name in names:
         name = name.encode("utf-8", "backslashreplace").decode("utf-8")
         if name.startswith(FILLER_PREFIX):
             name = f"_{name}"
-        key, number = name, 1
+        key, number = name, last.get(name, 1)
         while key in taken:
             number += 1
             key = f"{name}#{number}"
+        last[name] = number
         taken.add(key)
         keys.append(key)
     return keys
