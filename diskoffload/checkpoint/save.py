@@ -23,7 +23,7 @@ from diskoffload.residency.resident import current_value
 from diskoffload.store.header import DTYPE_NAMES, Planned
 from diskoffload.store.recipe import Piece, Recipe
 from diskoffload.store.shard import ShardWriter, tensor_bytes
-from diskoffload.store.stored import AssembledTensor, ShardTensor
+from diskoffload.store.stored import AssembledTensor, ShardTensor, Stored
 from diskoffload.system.files import Files
 from diskoffload.system.memory import empty
 
@@ -199,34 +199,31 @@ def _plain_item(name: str, value: _Value) -> _Item:
     dtype, shape = _layout_of(value)
 
     def write(writer: ShardWriter, key: str) -> None:
-        source = _verbatim(value)
-        if source is not None:
+        source = _source(value)
+        if isinstance(source, ShardTensor):  # the file's bytes are the value's
             source.shard.copy_to(source.spec, writer, key)
         else:
-            writer.write(key, tensor_bytes(_real(value)))
+            writer.write(key, tensor_bytes(_real(source)))
 
     return _Item((name, dtype, shape), write)
 
 
-def _verbatim(value: _Value) -> ShardTensor | None:
-    """Find the range of a file that holds exactly a value's bytes."""
+def _source(value: _Value) -> Stored | torch.Tensor:
+    """Find where a value is now: unchanged on disk, or in memory."""
     if not isinstance(value, Held):
-        return None
-    backing, _ = current_value(value)
-    stored = backing.stored if isinstance(backing, DiskBacking) else None
-    return stored if isinstance(stored, ShardTensor) else None
+        return value
+    backing, tensor = current_value(value)
+    if isinstance(backing, DiskBacking) and backing.stored is not None:
+        return backing.stored
+    if tensor is None:
+        tensor = backing.memory if backing is not None else None
+    assert tensor is not None  # what is not on disk is in memory
+    return tensor
 
 
-def _real(value: _Value) -> torch.Tensor:
+def _real(source: Stored | torch.Tensor) -> torch.Tensor:
     """Give a value as a contiguous CPU tensor; a copy only if it must be."""
-    tensor: torch.Tensor | None
-    if isinstance(value, Held):
-        backing, tensor = current_value(value)
-        if tensor is None:
-            assert backing is not None  # one of the two says where the value is
-            tensor = backing.load(torch.device("cpu"))
-    else:
-        tensor = value
+    tensor = source if isinstance(source, torch.Tensor) else source.load()
     if tensor.is_meta:
         raise UnsupportedTensorError(
             "cannot save a tensor on the meta device: it has no value; load or assign it first"
@@ -270,7 +267,7 @@ def _pieces_item(
             return
         tensor = empty(dtype, shape)
         for name, piece in pieces:
-            value = _real(values[name])
+            value = _real(_source(values[name]))
             part = value[piece.target] if piece.target else value
             if piece.permutation is not None:
                 part = part.permute(_inverse(piece.permutation))
@@ -281,12 +278,8 @@ def _pieces_item(
 
 
 def _is_as_stored(value: _Value) -> bool:
-    if not isinstance(value, Held):
-        return False
-    backing, _ = current_value(value)
-    stored = backing.stored if isinstance(backing, DiskBacking) else None
     # Only a checkpoint's own pieces are assembled; what we have written ourselves is whole.
-    return isinstance(stored, AssembledTensor)
+    return isinstance(_source(value), AssembledTensor)
 
 
 def _inverse(permutation: tuple[int, ...]) -> tuple[int, ...]:

@@ -65,11 +65,6 @@ class Residency:
         with self.lock:
             return sum(self._loaded.values())
 
-    def loaded(self) -> list[Held]:
-        """List the entries with a loaded copy, the one loaded first at the head."""
-        with self.lock:
-            return list(self._loaded)
-
     def entries(self) -> list[Held]:
         """List every entry that is bound to a module."""
         with self.lock:
@@ -147,8 +142,7 @@ class Residency:
                 held.publish()
                 return False
             self._loaded.pop(held, None)
-            if held.is_changed():
-                self._write_back(held)
+            self._write_back(held)  # does nothing if nothing was changed
             if held.state is State.LOADED:
                 held.vacate()
             else:

@@ -97,8 +97,8 @@ class Shard:
         descriptors than a process may have. If somebody removes one all the same, its
         mapping still has the bytes.
         """
-        assert self.memory.nbytes  # it is mapped now
         with self._lock:
+            self._map()
             self._close()
 
     def _is_gone(self) -> bool:
@@ -145,11 +145,14 @@ class Shard:
     def memory(self) -> Memory:
         """The file's private mapping, made at the first use."""
         with self._lock:
-            if self._memory is None:
-                with self._opened() as fd:
-                    self._check_identity(fd)  # one that shrank is SIGBUS at the first touch
-                    self._memory = map_file(fd, self.header.file_bytes, str(self.path))
-            return self._memory
+            return self._map()
+
+    def _map(self) -> Memory:
+        if self._memory is None:
+            with self._opened() as fd:
+                self._check_identity(fd)  # one that shrank is SIGBUS at the first touch
+                self._memory = map_file(fd, self.header.file_bytes, str(self.path))
+        return self._memory
 
     def mapped(self, spec: StoredSpec) -> torch.Tensor:
         """Give a tensor that aliases the mapping; it costs no memory until it is touched."""
