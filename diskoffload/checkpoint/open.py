@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from diskoffload.cache.base import Device
 from diskoffload.cache.disk import DiskBacking, DiskCache
 from diskoffload.cache.ram import RamBacking
+from diskoffload.checkpoint.converted import Converted, convert_all
 from diskoffload.checkpoint.source import Checkpoint
 from diskoffload.dispatch import dispatch_model
 from diskoffload.errors import (
@@ -50,11 +51,13 @@ class Binding:
         checkpoint: the source.
         recipes: by a model tensor's name, how it is made of stored ones.
         shapes: by the same name, the shape that is made.
+        converted: what was computed at opening, because it has no recipe.
     """
 
     checkpoint: Checkpoint
     recipes: Mapping[str, Recipe]
     shapes: Mapping[str, tuple[int, ...]]
+    converted: Sequence[Converted]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
         return self  # it never changes, and its files are open once
@@ -113,6 +116,8 @@ def open_checkpoint(
         DamagedFileError: a file breaks its format.
         AlreadyOffloadedError: ``model`` is offloaded.
         MissingExtraError: transformers is needed and absent. Nothing was written.
+        UnsupportedTensorError: transformers' code cannot convert the checkpoint's tensors.
+        NoSpaceError: what it must compute does not fit the folder's disk.
     """
     checkpoint = Checkpoint(path)
     if model is None:
@@ -129,7 +134,8 @@ def open_checkpoint(
     residency = default_residency if ram is None else Residency(parse_bytes(ram))
     folder = _folder_beside(checkpoint, offload_dir)
     options = _CacheOptions(onload_device, folder, compression, residency, align)
-    _bind(model, checkpoint, found, options)
+    converted = convert_all(model, checkpoint, found.conversions, folder, compression)
+    _bind(model, checkpoint, found, converted, options)
     _log.info(
         "opened %s: %d tensors, %s in %d shards, mapped where they lie; copies in RAM: %s; "
         "changes go to %s",
@@ -271,13 +277,6 @@ def _refuse_misfits(checkpoint: Checkpoint, found: RecipeSet) -> None:
             f"{checkpoint.path} and the model do not fit; tensors " + "; ".join(faults) + "; "
             "open it with the model it was saved from"
         )
-    if found.unsupported:
-        lines = [f"{name} ({why})" for name, why in found.unsupported.items()]
-        raise UnsupportedTensorError(
-            f"{checkpoint.path}: {len(lines)} tensors cannot be read where they lie: "
-            f"{listed(lines)}; load the model with transformers and offload it with "
-            "diskoffload.offload_model(model, 'cpu', 'disk', offload_dir=...)"
-        )
 
 
 # ---------------------------------------------------------------------- binding
@@ -302,11 +301,16 @@ def _stored(
 
 
 def _bind(
-    model: torch.nn.Module, checkpoint: Checkpoint, found: RecipeSet, options: _CacheOptions
+    model: torch.nn.Module,
+    checkpoint: Checkpoint,
+    found: RecipeSet,
+    converted: Sequence[Converted],
+    options: _CacheOptions,
 ) -> None:
     names: dict[int, str] = {}
     tensors = model.state_dict(keep_vars=True)
-    for name in found.recipes:
+    computed = {name: stored for group in converted for name, stored in group.tensors.items()}
+    for name in [*found.recipes, *computed]:
         names.setdefault(id(tensors[name]), name)
     made: dict[int, Held] = {}
 
@@ -320,8 +324,10 @@ def _bind(
             held = Held(full_name, RamBacking(tensor), tensor=tensor, state=State.VACANT)
             held.lay(tensor, State.BENEATH)
         else:
-            recipe = found.recipes[name]
-            stored = _stored(recipe, checkpoint, tensor.dtype, tuple(tensor.shape))
+            shape = tuple(tensor.shape)
+            stored = computed.get(name) or _stored(
+                found.recipes[name], checkpoint, tensor.dtype, shape
+            )
             backing = DiskBacking(options.folder, options.compression, stored, align=options.align)
             template = tensor if tensor.is_meta else object_like(tensor, tensor.to("meta"))
             held = Held(name, backing, template=template)
@@ -340,4 +346,4 @@ def _bind(
             caches.append(cache)
         attach_caches(module, *caches)
     shapes = {name: tuple(tensors[name].shape) for name in found.recipes}
-    model.__dict__[_BINDING] = Binding(checkpoint, dict(found.recipes), shapes)
+    model.__dict__[_BINDING] = Binding(checkpoint, dict(found.recipes), shapes, converted)

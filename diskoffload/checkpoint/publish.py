@@ -58,7 +58,7 @@ def check_space(out: Path, needed_bytes: int) -> None:
     Raises:
         NoSpaceError: says how much is missing, and where.
     """
-    free = free_bytes(out.parent)
+    free = free_bytes(out if out.is_dir() else out.parent)
     if free < needed_bytes + _SPARE_BYTES:
         missing = needed_bytes + _SPARE_BYTES - free
         raise NoSpaceError(

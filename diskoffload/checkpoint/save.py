@@ -12,6 +12,7 @@ import torch
 
 from diskoffload.cache.base import OffloadCache
 from diskoffload.cache.disk import DiskBacking
+from diskoffload.checkpoint.converted import Converted, Reverted, in_dtype
 from diskoffload.checkpoint.layout import lay_out
 from diskoffload.checkpoint.open import Binding, binding_of
 from diskoffload.checkpoint.publish import check_space, copy_side_files, new_folder, write_text
@@ -138,6 +139,11 @@ def _items(model: torch.nn.Module) -> dict[str, _Item]:
         for item in _inverted(fitting, values, binding):
             items[item.planned[0]] = item
         done = set(fitting)
+        for group in binding.converted:
+            if group.tensors.keys() <= values.keys():
+                for item in _converted_items(model, group, values, binding):
+                    items[item.planned[0]] = item
+                    done |= group.tensors.keys()
     for name, value in values.items():
         if name not in done:
             items[name] = _plain_item(name, value)
@@ -150,7 +156,7 @@ def _items(model: torch.nn.Module) -> dict[str, _Item]:
     return items
 
 
-_Value = Held | torch.Tensor
+_Value = Held | torch.Tensor | Stored
 
 
 def _values(model: torch.nn.Module) -> dict[str, _Value]:
@@ -275,6 +281,24 @@ def _pieces_item(
         writer.write(key, tensor_bytes(tensor))
 
     return _Item((source_name, dtype, shape), write)
+
+
+def _converted_items(
+    model: torch.nn.Module, group: Converted, values: dict[str, _Value], binding: Binding
+) -> list[_Item]:
+    """Give the stored tensors again that transformers' code made a group of; none if it cannot."""
+    layouts = {name: _layout_of(values[name]) for name in group.tensors}
+    if all(_source(values[name]) is stored for name, stored in group.tensors.items()):
+        dtype = next(iter(layouts.values()))[0]
+        stored = {name: binding.checkpoint.tensors[name] for name in group.sources}
+        return [_plain_item(name, in_dtype(one, dtype)) for name, one in stored.items()]
+    reverted = Reverted(model, layouts, lambda name: _real(_source(values[name])))
+
+    def write(writer: ShardWriter, key: str) -> None:
+        writer.write(key, tensor_bytes(_real(reverted.take(key))))
+
+    planned = reverted.planned or {}
+    return [_Item((name, *layout), write) for name, layout in planned.items()]
 
 
 def _is_as_stored(value: _Value) -> bool:

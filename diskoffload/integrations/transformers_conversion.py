@@ -2,19 +2,21 @@
 
 On loading, transformers renames tensors, stacks a layer's experts, cuts fused projections and
 transposes. Here its own rules run on tensors without data, and what they do is written down as
-recipes. Nothing is read but names, shapes and dtypes.
+recipes. Nothing is read but names, shapes and dtypes. A rule that computes has no recipe; it
+is kept as a :class:`Conversion`, to be run on the real tensors.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
+from diskoffload.errors import UnsupportedTensorError, listed
 from diskoffload.integrations.transformers import require_pretrained, require_transformers
 from diskoffload.integrations.transformers_tracing import TracedTensor
 from diskoffload.store.recipe import Piece, Recipe
@@ -41,12 +43,55 @@ class ShapeMismatch:
     stored_shape: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """Stored tensors that transformers' own code turns into tensors of the model.
+
+    Attributes:
+        sources: names of the stored tensors it takes.
+        targets: names of the model's tensors it makes.
+        reason: why it has no recipe: what was done to the tensors, and why that is no moving.
+    """
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    reason: str
+    _rule: Any = field(repr=False)
+    _taken: tuple[tuple[str, str], ...] = field(repr=False)
+
+    def run(
+        self, model: torch.nn.Module, read: Callable[[str], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Make the model's tensors out of real ones.
+
+        Args:
+            model: the model; its configuration decides how some are converted.
+            read: gives the stored tensor of a name, in the dtype that the model is to have:
+                transformers, too, converts dtypes first.
+
+        Returns:
+            By a name in :attr:`targets`, the tensor; it may alias what was read.
+
+        Raises:
+            UnsupportedTensorError: transformers' code fails on them as well.
+        """
+        try:
+            return _run(self._rule, self.targets[0], self._taken, model, read)
+        except Exception as error:  # Whatever foreign code raises.
+            raise UnsupportedTensorError(
+                f"{len(self.sources)} stored tensors such as {self.sources[0]!r} cannot be made "
+                f"into {listed(self.targets)}: transformers' own conversion failed with "
+                f"{type(error).__name__}: {error} (without data: {self.reason}); compare the "
+                "checkpoint with its config.json"
+            ) from error
+
+
 @dataclass
 class RecipeSet:
     """How a checkpoint fills a model, and all that does not fit.
 
     Names are the model's own, except in ``unexpected``. Each tensor of the model's state dict
-    stands in exactly one of ``recipes``, ``ties``, ``missing``, ``to_compute``, ``unsupported``
+    stands in exactly one of ``recipes``, ``ties``, ``missing``, ``to_compute``, ``conversions``
     and ``mismatched``; of tied names that nothing fills, only the first is listed.
 
     Attributes:
@@ -59,7 +104,7 @@ class RecipeSet:
         to_compute: the same, where the model's class says that this is in order and that its
             code computes the value: see ``compute_tensors``.
         unexpected: names of stored tensors that nothing uses and nobody expects to be there.
-        unsupported: name -> why its conversion has no recipe.
+        conversions: what transformers' own code must make, because it has no recipe.
         mismatched: tensors that would get another shape.
     """
 
@@ -69,7 +114,7 @@ class RecipeSet:
     missing: list[str] = field(default_factory=list)
     to_compute: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
-    unsupported: dict[str, str] = field(default_factory=dict)
+    conversions: list[Conversion] = field(default_factory=list)
     mismatched: list[ShapeMismatch] = field(default_factory=list)
 
 
@@ -79,8 +124,8 @@ class _Plan:
 
     Attributes:
         whole: model name -> the stored tensor that is it.
-        converted: name of the first model tensor that a converter makes -> the converter, its
-            own copy, and the stored tensors that it takes, each with the pattern it matched.
+        converted: name of the first model tensor that a converter makes -> the converter, and
+            the stored tensors that it takes, each with the pattern it matched.
         lost: stored name -> the names, none of them the model's, that it would get.
     """
 
@@ -127,6 +172,30 @@ def tensor_recipes(model: torch.nn.Module, stored: Mapping[str, StoredSpec]) -> 
     return found
 
 
+def revert(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Turn tensors of a model back into those that a checkpoint stores, by transformers' code.
+
+    Args:
+        model: a transformers model that :func:`tensor_recipes` has seen.
+        tensors: by name in the model; on the meta device, too, where only names, shapes and
+            dtypes are asked for.
+
+    Returns:
+        By stored name; a tensor may alias what was given.
+
+    Raises:
+        UnsupportedTensorError: transformers has no way back.
+    """
+    core = require_transformers("core_model_loading")
+    try:
+        return dict(core.revert_weight_conversion(model, dict(tensors)))
+    except Exception as error:  # Whatever foreign code raises.
+        raise UnsupportedTensorError(
+            f"{listed(list(tensors))} cannot be turned back into what a checkpoint stores: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
 def inverse_pieces(recipes: Mapping[str, Recipe]) -> dict[str, list[tuple[str, Piece]]]:
     """Turn recipes around: which tensors of the model fill each stored one, for saving.
 
@@ -162,7 +231,7 @@ def _plan(
             plan.lost[source] = _target_names(rule, name) if rule else [name]
         elif rule is not None and name not in plan.whole:
             if name not in plan.converted:
-                plan.converted[name] = (copy.deepcopy(rule), [])
+                plan.converted[name] = (rule, [])
             plan.converted[name][1].append((source, pattern))
         elif name not in plan.whole and name not in plan.converted:
             plan.whole[name] = source
@@ -187,32 +256,46 @@ def _convert(
 ) -> set[str]:
     """Run one converter; return the stored tensors that it takes without making a recipe."""
     rule, taken = plan.converted[name]
-    sources = {source for source, _ in taken}
+    sources = tuple(dict.fromkeys(source for source, _ in taken))
+
+    def traced(source: str) -> torch.Tensor:
+        return TracedTensor.stored(source, stored[source].shape, stored[source].dtype)
+
     try:
-        for source, pattern in taken:
-            traced = TracedTensor.stored(source, stored[source].shape, stored[source].dtype)
-            rule.add_tensor(name, source, pattern, traced)
-        made = rule.convert(name, model=model, config=model.config)
-        recipes = {}
-        # Early releases of transformers 5 return their errors beside it.
-        for target, value in (made[0] if isinstance(made, tuple) else made).items():
-            tensor = value[0] if isinstance(value, list) else value
-            recipes[target] = (tensor.recipe(), tuple(tensor.shape))
+        made = _run(rule, name, taken, model, traced)
+        recipes = {
+            target: (cast(TracedTensor, tensor).recipe(), tuple(tensor.shape))
+            for target, tensor in made.items()
+        }
     except Exception as error:  # Whatever foreign code raises: this conversion has no recipe.
         operations = " > ".join(type(operation).__name__ for operation in rule.operations)
-        reason = (
-            f"{operations} on {len(sources)} stored tensors such as {taken[0][0]!r}: "
-            f"{type(error).__name__}: {error}"
-        )
-        targets = _target_names(rule, name)
-        found.unsupported.update({target: reason for target in targets if target in tensors})
-        return sources
+        reason = f"{operations}: {type(error).__name__}: {error}"
+        targets = tuple(target for target in _target_names(rule, name) if target in tensors)
+        found.conversions.append(Conversion(sources, targets, reason, rule, tuple(taken)))
+        return set(sources)
     fitting = [
         _add(found, target, tensors[target], recipe, shape)
         for target, (recipe, shape) in recipes.items()
         if target in tensors
     ]
-    return set() if fitting and all(fitting) else sources
+    return set() if fitting and all(fitting) else set(sources)
+
+
+def _run(
+    rule: Any,
+    name: str,
+    taken: Sequence[tuple[str, str]],
+    model: Any,
+    read: Callable[[str], torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Run a copy of a converter, which keeps what it was given."""
+    own = copy.deepcopy(rule)
+    for source, pattern in taken:
+        own.add_tensor(name, source, pattern, read(source))
+    made = own.convert(name, model=model, config=model.config)
+    # Early releases of transformers 5 return their errors beside it.
+    results = (made[0] if isinstance(made, tuple) else made).items()
+    return {target: value[0] if isinstance(value, list) else value for target, value in results}
 
 
 def _add(
@@ -229,7 +312,8 @@ def _add(
 def _sort_ties(found: RecipeSet, model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     """Let one name stand for each tied tensor, and find what nothing fills."""
     optional = _pattern(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
-    faulty = found.unsupported.keys() | {mismatch.name for mismatch in found.mismatched}
+    faulty = {mismatch.name for mismatch in found.mismatched}
+    faulty |= {target for conversion in found.conversions for target in conversion.targets}
     tied: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         tied.setdefault(id(tensor), []).append(name)

@@ -152,7 +152,7 @@ def _compare(
     reference = type(model).from_pretrained(folder, dtype=dtype or "auto")
     stored = _stored(folder)
     found = tensor_recipes(model, stored)
-    faults = [found.missing, found.unexpected, found.unsupported, found.mismatched]
+    faults = [found.missing, found.unexpected, found.conversions, found.mismatched]
     assert not any(faults), faults
     mine, theirs, saved = _named(model), _named(reference), reference.state_dict()
     assert mine.keys() == theirs.keys()
@@ -308,11 +308,12 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         ("lm_head.weight", (64, 32), (63, 32))
     ]
     # Three gates and four ups cannot be joined.
-    assert found.unsupported.keys() == {experts.format(0)}
-    assert "Concatenate" in found.unsupported[experts.format(0)]
+    (conversion,) = found.conversions
+    assert conversion.targets == (experts.format(0),)
+    assert "Concatenate" in conversion.reason
     del stored[first_expert.format(3)]
     found = tensor_recipes(model, stored)
-    assert not found.unsupported
+    assert not found.conversions
     assert experts.format(0) in {mismatch.name for mismatch in found.mismatched}
     assert experts.format(1) in found.recipes
     assert found.unexpected == ["model.layers.9.surprise"]
