@@ -10,6 +10,7 @@ import torch
 from diskoffload.cache import modes
 from diskoffload.cache.base import Device
 from diskoffload.module import caches_of
+from diskoffload.system.devices import usable_device
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def align_module_device(
         execution_device: the device; by default the one it onloads to, or is on.
     """
     caches = caches_of(module)
-    device = None if execution_device is None else torch.device(execution_device)
+    device = None if execution_device is None else usable_device(execution_device)
     if caches is not None:
         before = [cache.onload_device for cache in caches]
         try:

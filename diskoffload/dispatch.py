@@ -24,6 +24,7 @@ from diskoffload.module import (
 from diskoffload.planning import format_bytes
 from diskoffload.progress import count_bar
 from diskoffload.store.folder import Folder, open_folders
+from diskoffload.system.devices import usable_device
 
 _log = logging.getLogger(__name__)
 _Model = TypeVar("_Model", bound=torch.nn.Module)
@@ -208,6 +209,7 @@ def set_onload_device(
         Whether the module was offloaded before, and the arguments that offload another
         module as it is now.
     """
+    device = usable_device(onload_device)
     child_kwargs: dict[str, Any] | None = None
     for child in module.children():
         was_offloaded, kwargs = set_onload_device(child, onload_device)
@@ -217,18 +219,18 @@ def set_onload_device(
     if cache is not None:
         for mapping in (module._parameters, module._buffers):
             entries: Any = mapping
-            entries.onload_device = torch.device(onload_device)
+            entries.onload_device = device
         return True, get_cache_init_kwargs(module)
     tensors = [value for value in entries_of(module).values() if isinstance(value, torch.Tensor)]
     if tensors:
-        device = tensors[0].device
-        if device.type == "meta":
+        place = tensors[0].device
+        if place.type == "meta":
             raise NotOffloadedError(
                 f"{type(module).__name__} has tensors on the meta device: there is no value to "
                 "offload; open the checkpoint with open_checkpoint(path, model=model)"
             )
         child_kwargs = None
-        kwargs = {"onload_device": onload_device, "offload_device": device}
+        kwargs = {"onload_device": onload_device, "offload_device": place}
     else:
         kwargs = {**(child_kwargs or {"offload_device": "cpu"}), "onload_device": onload_device}
     reoffload_module(module, **kwargs)

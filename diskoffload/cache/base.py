@@ -22,6 +22,7 @@ from diskoffload.residency.held import (
     object_like,
 )
 from diskoffload.residency.resident import Residency, current_value, default_residency
+from diskoffload.system.devices import usable_device
 
 Device = torch.device | str | int
 _Cache = TypeVar("_Cache", bound="OffloadCache")
@@ -121,12 +122,9 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
             residency: keeps the books of what is in memory; one per process by default.
 
         Raises:
-            InvalidInputError: no such device, or not this class's.
+            InvalidInputError: no such device, not on this machine, or not this class's.
         """
-        try:
-            self.onload_device = torch.device(onload_device)
-        except RuntimeError as error:
-            raise InvalidInputError(f"cannot onload to {onload_device!r}: {error}") from error
+        self.onload_device = usable_device(onload_device)
         if offload_device is not None:
             self._check_offload_device(offload_device)
         self.name = name

@@ -181,6 +181,15 @@ def test_dispatch_refuses_what_cannot_be_meant(tmp_path: Path) -> None:
         diskoffload.offload_module(net.up, "cpu", "cpu", compression="zstd")
     with pytest.raises(diskoffload.InvalidInputError, match="cannot onload to 'nowhere'"):
         diskoffload.offload_module(net.up, "nowhere", "cpu")
+    absent = "xpu:63"
+    for attempt in (
+        lambda: diskoffload.offload_module(net.up, absent, "cpu"),
+        lambda: diskoffload.offload_model(net, absent),
+        lambda: diskoffload.set_onload_device(net, absent),
+        lambda: diskoffload.align_module_device(net.up, absent).__enter__(),
+    ):
+        with pytest.raises(diskoffload.InvalidInputError, match=f"'{absent}'.*name a device"):
+            attempt()
     assert type(net.up._parameters) is dict
 
 
