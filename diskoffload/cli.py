@@ -23,6 +23,7 @@ from diskoffload.quantize import (
     plan_quantization,
     quantize_checkpoint,
 )
+from diskoffload.quantize.plan import DTYPES
 from diskoffload.system.memory import anonymous_bytes_of_process
 
 _FAILED, _INTERRUPTED = 1, 130
@@ -90,6 +91,11 @@ def _add_quantize(commands: Any) -> None:
         "(default: lm_head; an empty NAME ignores nothing)",
     )
     quantize.add_argument(
+        "--dtype",
+        metavar="|".join(DTYPES),
+        help="do as if the checkpoint were stored in that dtype (default: as it is stored)",
+    )
+    quantize.add_argument(
         "--max-memory", metavar="SIZE", help="refuse to start if one weight needs more than that"
     )
     quantize.add_argument(
@@ -138,6 +144,7 @@ def _quantize(options: argparse.Namespace) -> int:
         "ignore": ignore,
         "max_memory": options.max_memory,
         "max_shard_size": options.max_shard_size,
+        "dtype": options.dtype,
     }
     if options.dry_run:
         plan = plan_quantization(options.source, options.out, options.scheme, **chosen)
@@ -169,6 +176,8 @@ def _report(result: QuantizeResult, seconds: float, *, as_json: bool) -> None:
         f"copied; {format_bytes(plan.read_bytes)} -> {format_bytes(plan.written_bytes)} in "
         f"{seconds:.1f} s; {result.out}"
     )
+    if plan.dtype is not None:
+        print(f"{len(plan.converted)} tensors were converted for {plan.dtype}")
     if result.resumed:
         print(f"{result.resumed} tensors were done by an earlier run")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from diskoffload.errors import (
     CheckpointError,
     InvalidInputError,
     UnsupportedTensorError,
+    listed,
 )
 from diskoffload.integrations.quantization import Scheme, already_quantized, scheme_named
 from diskoffload.integrations.quantization_targets import Targets, find_targets
@@ -26,8 +29,18 @@ from diskoffload.store.header import Planned
 from diskoffload.store.stored import ShardTensor
 from diskoffload.system.files import Files
 
+_log = logging.getLogger(__name__)
+
 # What quantizing one weight takes beside its result (see Scheme.quantize), rounded up.
 _SCRATCH_BYTES = 48 << 20
+# Elements converted at once. A block and what it becomes take at most 12 bytes for each, and
+# 19 where infinities of a float64 are counted: 38 MiB, less than the scratch above, which is
+# taken only after they were given back.
+CONVERT_BLOCK_ELEMENTS = 1 << 21
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES: tuple[str, ...] = tuple(_DTYPES)
+"""Names of the dtypes to which a checkpoint can be converted."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,10 @@ class QuantizePlan:
         out: the result's folder.
         scheme: its name.
         quantized: names of the weights that are quantized.
-        copied: name -> why a tensor stays as it is.
+        copied: name -> why a tensor is not quantized.
+        dtype: what floating tensors are converted to; ``None`` where all stay as stored.
+        converted: name -> from which dtype to which a tensor is converted, before it is
+            quantized or as it is copied; transformers keeps some wider than ``dtype``.
         read_bytes: of all tensors of the source.
         written_bytes: of all tensors of the result.
         memory_bytes: anonymous memory that the work needs beside the interpreter's.
@@ -51,6 +67,8 @@ class QuantizePlan:
     scheme: str
     quantized: list[str]
     copied: dict[str, str]
+    dtype: str | None
+    converted: dict[str, str]
     read_bytes: int
     written_bytes: int
     memory_bytes: int
@@ -71,6 +89,10 @@ class QuantizePlan:
             f"  {len(self.quantized)} weights are quantized, {len(self.copied)} tensors stay:",
         ]
         lines += [f"    {count:6d}  {reason}" for reason, count in reasons.most_common()]
+        if self.dtype is not None:
+            lines.append(f"  {len(self.converted)} of all these are converted for {self.dtype}:")
+            changes = Counter(self.converted.values())
+            lines += [f"    {count:6d}  {change}" for change, count in changes.most_common()]
         return "\n".join(lines)
 
 
@@ -95,9 +117,10 @@ def plan_quantization(
     ignore: Sequence[str] = ("lm_head",),
     max_memory: int | str | None = None,
     max_shard_size: int | str = "5GB",
+    dtype: torch.dtype | str | None = None,
 ) -> QuantizePlan:
     """Say what :func:`quantize_checkpoint` would do, and do nothing; print the result to see it."""
-    return prepare(source, out, scheme, ignore, max_memory, max_shard_size).plan
+    return prepare(source, out, scheme, ignore, max_memory, max_shard_size, dtype).plan
 
 
 def prepare(
@@ -107,9 +130,11 @@ def prepare(
     ignore: Sequence[str],
     max_memory: int | str | None,
     max_shard_size: int | str,
+    dtype: torch.dtype | str | None = None,
 ) -> Job:
     """Check every argument, read the headers and plan; arguments as of ``quantize_checkpoint``."""
     scheme = scheme_named(scheme_name)
+    dtype_name = None if dtype is None else _dtype_name(dtype)
     target = Path(out).expanduser().resolve()
     check_output(target, overwrite=False)
     max_shard_bytes = parse_bytes(max_shard_size)
@@ -127,7 +152,8 @@ def prepare(
             f"{checkpoint.folder} is quantized already, by {method}; "
             "quantize the checkpoint it was made from"
         )
-    targets = find_targets(checkpoint.folder, checkpoint.tensors, scheme, ignore)
+    wanted = None if dtype_name is None else _DTYPES[dtype_name]
+    targets = find_targets(checkpoint.folder, checkpoint.tensors, scheme, ignore, wanted)
     outputs, planned = _planned(checkpoint, scheme, targets)
     layout = lay_out(planned, max_shard_bytes)
     memory = _memory_bytes(checkpoint, scheme, targets)
@@ -143,6 +169,8 @@ def prepare(
         scheme=scheme.name,
         quantized=list(targets.weights),
         copied=dict(targets.left),
+        dtype=dtype_name,
+        converted=_converted(checkpoint, targets),
         read_bytes=checkpoint.size_bytes,
         written_bytes=layout.size_bytes,
         memory_bytes=memory,
@@ -162,9 +190,9 @@ def _planned(
             raise UnsupportedTensorError(
                 f"{checkpoint.path}: {name!r} is compressed; unpack the checkpoint first"
             )
-        made = {name: (tensor.dtype, tensor.shape)}
+        made = {name: (targets.dtypes[name], tensor.shape)}
         if name in targets.weights:
-            made = scheme.outputs(name, tensor.shape, tensor.dtype)
+            made = scheme.outputs(name, tensor.shape, targets.dtypes[name])
         outputs[name] = list(made)
         planned += [(key, dtype, shape) for key, (dtype, shape) in made.items()]
     return outputs, planned
@@ -173,9 +201,43 @@ def _planned(
 def _memory_bytes(checkpoint: Checkpoint, scheme: Scheme, targets: Targets) -> int:
     largest = 0
     for name in targets.weights:
-        tensor = checkpoint.tensors[name]
-        made = scheme.outputs(name, tensor.shape, tensor.dtype).values()
-        largest = max(
-            largest, sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in made)
-        )
+        tensor, dtype = checkpoint.tensors[name], targets.dtypes[name]
+        made = scheme.outputs(name, tensor.shape, dtype).values()
+        needed = sum(prod(shape) * out.itemsize for out, shape in made)
+        # A mapped weight costs nothing; a copy is made to convert it, or where it cannot be
+        # mapped because it lies at an address that its dtype cannot have.
+        if dtype != tensor.dtype or tensor.spec.offset % dtype.itemsize:
+            needed += prod(tensor.shape) * dtype.itemsize
+        largest = max(largest, needed)
     return largest + _SCRATCH_BYTES
+
+
+def _dtype_name(dtype: torch.dtype | str) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise InvalidInputError(
+            f"cannot convert a checkpoint to {dtype!r}; choose one of {', '.join(DTYPES)}"
+        )
+    return name
+
+
+def _converted(checkpoint: Checkpoint, targets: Targets) -> dict[str, str]:
+    """List what is converted; warn of what may have lost its scale."""
+    changes = {
+        name: (tensor.dtype, targets.dtypes[name])
+        for name, tensor in checkpoint.tensors.items()
+        if targets.dtypes[name] != tensor.dtype
+    }
+    narrow = [name for name, (stored, _) in changes.items() if stored.itemsize == 1]
+    if narrow:
+        _log.warning(
+            "%s: %d tensors are floats of 8 bits and are widened as they are, as transformers "
+            "would: %s; if they have scales beside them, quantize the checkpoint they come from",
+            checkpoint.path,
+            len(narrow),
+            listed(narrow),
+        )
+    return {
+        name: f"{str(stored).removeprefix('torch.')} to {str(wanted).removeprefix('torch.')}"
+        for name, (stored, wanted) in changes.items()
+    }

@@ -2,27 +2,32 @@
 
 No model is loaded: the meta model says which stored tensors are weights of linear layers,
 each of those is mapped, quantized and written, and everything else is copied inside the
-kernel. Final shards are written once, into ``OUT.partial``, which becomes ``OUT`` at the end.
+kernel. What is to have another dtype is converted on the way, in blocks. Final shards are
+written once, into ``OUT.partial``, which becomes ``OUT`` at the end.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from diskoffload.budget import format_bytes
 from diskoffload.checkpoint.publish import check_space, copy_side_files, write_text
 from diskoffload.checkpoint.source import CONFIG_NAME
 from diskoffload.errors import StorageError
 from diskoffload.progress import byte_bar
-from diskoffload.quantize.plan import Job, QuantizePlan, prepare
+from diskoffload.quantize.plan import CONVERT_BLOCK_ELEMENTS, Job, QuantizePlan, prepare
 from diskoffload.quantize.state import State
 from diskoffload.store.shard import ShardWriter, tensor_bytes
 from diskoffload.store.stored import EncodedTensor, ShardTensor
+from diskoffload.system.memory import empty
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +59,7 @@ def quantize_checkpoint(
     ignore: Sequence[str] = ("lm_head",),
     max_memory: int | str | None = None,
     max_shard_size: int | str = "5GB",
+    dtype: torch.dtype | str | None = None,
     show_progress: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> QuantizeResult:
@@ -70,6 +76,10 @@ def quantize_checkpoint(
         ignore: modules that stay as they are: names, or patterns after ``"re:"``.
         max_memory: bytes that may be taken, or as ``"1GiB"``; checked before the start.
         max_shard_size: largest file of the result.
+        dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``: do as if the checkpoint were
+            stored as ``from_pretrained(dtype=...)`` loads it. Weights are converted before
+            they are quantized, so that scales have that dtype, other floats as they are
+            copied; what transformers keeps in float32 stays so. ``None``: as stored.
         show_progress: show a progress bar in bytes, with the time left.
         stop: asked between weights; when it says true, the work stops there.
 
@@ -77,14 +87,15 @@ def quantize_checkpoint(
         What was done.
 
     Raises:
-        InvalidInputError: an unknown scheme, a pattern that cannot be read.
+        InvalidInputError: an unknown scheme, a pattern that cannot be read, a ``dtype`` that
+            is none of the three.
         CheckpointError: the source is none, or is quantized already.
         OutputExistsError: ``out`` is taken, or ``OUT.partial`` is of another job.
         BudgetError: one weight does not fit ``max_memory``.
         NoSpaceError: the disk has too little room; found before anything is written.
         Interrupted: ``stop`` said so.
     """
-    job = prepare(source, out, scheme, ignore, max_memory, max_shard_size)
+    job = prepare(source, out, scheme, ignore, max_memory, max_shard_size, dtype)
     target = Path(job.plan.out)
     partial = target.with_name(target.name + ".partial")
     state = State(partial, job)
@@ -147,14 +158,18 @@ class _Work:
 
     def _write(self, name: str, tensor: ShardTensor | EncodedTensor) -> None:
         assert isinstance(tensor, ShardTensor)  # checked when the job was planned
-        if name not in self._job.targets.weights:
+        dtype = self._job.targets.dtypes[name]
+        is_weight = name in self._job.targets.weights
+        if not is_weight and dtype == tensor.dtype:
             tensor.shard.copy_to(tensor.spec, self._writer(name), name)
             return
         tensor.shard.check_unchanged()
-        weight = tensor.mapped()
-        made = self._job.scheme.quantize(name, tensor.load() if weight is None else weight)
-        for key, value in made.items():
-            self._writer(key).write(key, tensor_bytes(value))
+        if is_weight:
+            made = self._job.scheme.quantize(name, _loaded(tensor, dtype))
+            for key, value in made.items():
+                self._writer(key).write(key, tensor_bytes(value))
+        else:
+            _copy_converted(tensor, dtype, self._writer(name), name)
         tensor.shard.drop_behind(tensor.spec)
 
     def _writer(self, key: str) -> ShardWriter:
@@ -208,6 +223,83 @@ class _Work:
             _log.warning("what was done last could not be noted, and will be done again: %s", error)
 
 
+def _loaded(tensor: ShardTensor, dtype: torch.dtype) -> torch.Tensor:
+    """Give a weight, mapped where its bytes are what is wanted."""
+    if dtype == tensor.dtype:
+        weight = tensor.mapped()
+        return tensor.load() if weight is None else weight
+    made = empty(dtype, tensor.shape)
+    flat = made.view(-1)
+    lost = 0
+    for start, block in _blocks(tensor):
+        lost += _convert(block, flat[start : start + len(block)])
+    _warn_of_overflow(tensor, dtype, lost)
+    return made
+
+
+def _copy_converted(
+    tensor: ShardTensor, dtype: torch.dtype, writer: ShardWriter, name: str
+) -> None:
+    """Convert a tensor from file to file, a block in memory at a time."""
+    made = empty(dtype, (min(prod(tensor.shape), CONVERT_BLOCK_ELEMENTS),))
+    lost = 0
+    for start, block in _blocks(tensor):
+        part = made[: len(block)]
+        lost += _convert(block, part)
+        writer.write_part(name, tensor_bytes(part), start * dtype.itemsize)
+    writer.finish_parts(name)
+    _warn_of_overflow(tensor, dtype, lost)
+
+
+def _blocks(tensor: ShardTensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Read a tensor's elements in their order; a block is valid until the next one."""
+    count, item_bytes = prod(tensor.shape), tensor.dtype.itemsize
+    buffer = empty(tensor.dtype, (min(count, CONVERT_BLOCK_ELEMENTS),))
+    for start in range(0, count, CONVERT_BLOCK_ELEMENTS):
+        block = buffer[: count - start]
+        tensor.shard.read_into(tensor.spec, tensor_bytes(block), start * item_bytes)
+        yield start, block
+
+
+def _convert(source: torch.Tensor, target: torch.Tensor) -> int:
+    """Convert a block; count the values that were finite and are no more."""
+    target.copy_(source)
+    # Of the three dtypes only this one is so narrow that weights do overflow it.
+    if target.dtype != torch.float16 or source.dtype.itemsize == 1:
+        return 0
+    if torch.stack(torch.aminmax(target)).isfinite().all():  # twenty times faster than counting
+        return 0
+    return int(target.isinf().sum()) - int(source.isinf().sum())
+
+
+def _warn_of_overflow(tensor: ShardTensor, dtype: torch.dtype, count: int) -> None:
+    if count:
+        _log.warning(
+            "%s: %d values are too large for %s and became infinite, as they would in "
+            "transformers; bfloat16 has room for them",
+            tensor.spec.name,
+            count,
+            str(dtype).removeprefix("torch."),
+        )
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str, *, whole: bool = True) -> dict[str, Any]:
+    """Give a configuration that states another dtype: the whole always, a part where it did."""
+    made = {
+        key: _with_dtype(value, dtype, whole=False) if isinstance(value, dict) else value
+        for key, value in config.items()
+    }
+    for key in ("dtype", "torch_dtype"):
+        # A vocabulary has numbers here (Emu3 has a token of that name).
+        if key in made and (made[key] is None or _names_a_dtype(made[key])):
+            made[key] = dtype
+    return {**made, "dtype": dtype} if whole else made
+
+
+def _names_a_dtype(value: object) -> bool:
+    return isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)
+
+
 def _finish(job: Job, partial: Path, out: Path, state: State) -> None:
     index = job.layout.index_json()
     files = job.files
@@ -215,6 +307,8 @@ def _finish(job: Job, partial: Path, out: Path, state: State) -> None:
         files.remove(partial / job.layout.index_name)
         write_text(partial / job.layout.index_name, index, files)
     config = dict(job.checkpoint.config)
+    if job.plan.dtype is not None:
+        config = _with_dtype(config, job.plan.dtype)
     config["quantization_config"] = job.scheme.quantization_config(job.targets.ignore)
     files.remove(partial / CONFIG_NAME)
     write_text(partial / CONFIG_NAME, json.dumps(config, indent=2) + "\n", files)

@@ -29,7 +29,7 @@ class State:
         found = self._read()
         if found.get("job") != self._identity:
             raise OutputExistsError(
-                f"{folder} is there and belongs to another source, scheme or ignore list; "
+                f"{folder} is there and belongs to another source, scheme, dtype or ignore list; "
                 "remove it, or name another result"
             )
         here = {path.name.removesuffix(".partial") for path in folder.glob("*.safetensors*")}
@@ -88,6 +88,7 @@ def _identity(job: Job) -> dict[str, Any]:
         "source": str(job.checkpoint.path),
         "shards": shards,
         "scheme": job.scheme.name,
+        "dtype": job.plan.dtype,
         "ignored": list(job.targets.ignore),
         "quantized": len(job.targets.weights),
         "files": {name: len(planned) for name, planned in job.layout.files.items()},

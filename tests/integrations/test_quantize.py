@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import digests, load
 from safetensors.torch import load_file
 
@@ -103,6 +104,27 @@ def test_partly_quantized_experts_are_refused(checkpoints: dict[str, Path], tmp_
             checkpoints["mixtral"], tmp_path / "out", "W4A16", ignore=["re:.*experts.1.*"]
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_experts_stored_in_one_tensor_are_left_only_by_wish(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96, "head_dim": 32}
+    sizes |= {"num_local_experts": 4, "num_experts_per_tok": 1}
+    left = transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes))
+    left.save_pretrained(tmp_path / "left")
+    with pytest.raises(diskoffload.UnsupportedTensorError, match=r"most of .* re:\.\*experts"):
+        quantize_checkpoint(tmp_path / "left", tmp_path / "out", "W4A16")
+    ignore = ["lm_head", "re:.*experts"]
+    quantize_checkpoint(tmp_path / "left", tmp_path / "out", "W4A16", ignore=ignore)
+    result = load(tmp_path / "out").state_dict()
+    experts = {k: v for k, v in left.state_dict().items() if ".experts." in k}
+    assert experts
+    assert all(torch.equal(result[name], value) for name, value in experts.items())
+    # transformers would look for these experts one by one, and make up what it does not find.
+    config = transformers.Llama4TextConfig(**sizes, interleave_moe_layer_step=1)
+    transformers.Llama4ForCausalLM(config).save_pretrained(tmp_path / "apart")
+    with pytest.raises(diskoffload.UnsupportedTensorError, match="only as separate matrices"):
+        quantize_checkpoint(tmp_path / "apart", tmp_path / "new", "FP8", ignore=ignore)
 
 
 def test_ignore_takes_names_and_patterns(checkpoints: dict[str, Path], tmp_path: Path) -> None:
