@@ -23,8 +23,9 @@ from diskoffload.checkpoint.layout import lay_out
 from diskoffload.checkpoint.publish import check_space, write_text
 from diskoffload.errors import InvalidInputError, OffloadError, OutputExistsError
 from diskoffload.store.header import Planned
-from diskoffload.store.shard import ShardWriter, tensor_bytes
+from diskoffload.store.shard_writer import ShardWriter
 from diskoffload.system.files import Files
+from diskoffload.system.memory import tensor_bytes
 
 STAMP_NAME = "written-by-write-checkpoint.json"
 MAX_SHARD_BYTES = 1_000_000_000

@@ -31,12 +31,9 @@ from diskoffload.system.files import Files
 
 _log = logging.getLogger(__name__)
 
-# What quantizing one weight takes beside its result (see Scheme.quantize), rounded up.
+# What quantizing one weight takes beside its result (see Scheme.quantize), rounded up. Converting
+# its dtype takes less and comes before (see convert.py).
 _SCRATCH_BYTES = 48 << 20
-# Elements converted at once. A block and what it becomes take at most 12 bytes for each, and
-# 19 where infinities of a float64 are counted: 38 MiB, less than the scratch above, which is
-# taken only after they were given back.
-CONVERT_BLOCK_ELEMENTS = 1 << 21
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DTYPES: tuple[str, ...] = tuple(_DTYPES)

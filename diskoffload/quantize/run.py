@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,13 @@ from diskoffload.checkpoint.publish import check_space, copy_side_files, write_t
 from diskoffload.checkpoint.source import CONFIG_NAME
 from diskoffload.errors import StorageError
 from diskoffload.progress import byte_bar
-from diskoffload.quantize.plan import CONVERT_BLOCK_ELEMENTS, Job, QuantizePlan, prepare
+from diskoffload.quantize.config import config_of_result
+from diskoffload.quantize.convert import copy_in_dtype, load_in_dtype
+from diskoffload.quantize.plan import Job, QuantizePlan, prepare
 from diskoffload.quantize.state import State
-from diskoffload.store.shard import ShardWriter, tensor_bytes
+from diskoffload.store.shard_writer import ShardWriter
 from diskoffload.store.stored import EncodedTensor, ShardTensor
-from diskoffload.system.memory import empty
+from diskoffload.system.memory import tensor_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -165,11 +166,11 @@ class _Work:
             return
         tensor.shard.check_unchanged()
         if is_weight:
-            made = self._job.scheme.quantize(name, _loaded(tensor, dtype))
+            made = self._job.scheme.quantize(name, load_in_dtype(tensor, dtype))
             for key, value in made.items():
                 self._writer(key).write(key, tensor_bytes(value))
         else:
-            _copy_converted(tensor, dtype, self._writer(name), name)
+            copy_in_dtype(tensor, dtype, self._writer(name), name)
         tensor.shard.drop_behind(tensor.spec)
 
     def _writer(self, key: str) -> ShardWriter:
@@ -223,93 +224,13 @@ class _Work:
             _log.warning("what was done last could not be noted, and will be done again: %s", error)
 
 
-def _loaded(tensor: ShardTensor, dtype: torch.dtype) -> torch.Tensor:
-    """Give a weight, mapped where its bytes are what is wanted."""
-    if dtype == tensor.dtype:
-        weight = tensor.mapped()
-        return tensor.load() if weight is None else weight
-    made = empty(dtype, tensor.shape)
-    flat = made.view(-1)
-    lost = 0
-    for start, block in _blocks(tensor):
-        lost += _convert(block, flat[start : start + len(block)])
-    _warn_of_overflow(tensor, dtype, lost)
-    return made
-
-
-def _copy_converted(
-    tensor: ShardTensor, dtype: torch.dtype, writer: ShardWriter, name: str
-) -> None:
-    """Convert a tensor from file to file, a block in memory at a time."""
-    made = empty(dtype, (min(prod(tensor.shape), CONVERT_BLOCK_ELEMENTS),))
-    lost = 0
-    for start, block in _blocks(tensor):
-        part = made[: len(block)]
-        lost += _convert(block, part)
-        writer.write_part(name, tensor_bytes(part), start * dtype.itemsize)
-    writer.finish_parts(name)
-    _warn_of_overflow(tensor, dtype, lost)
-
-
-def _blocks(tensor: ShardTensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Read a tensor's elements in their order; a block is valid until the next one."""
-    count, item_bytes = prod(tensor.shape), tensor.dtype.itemsize
-    buffer = empty(tensor.dtype, (min(count, CONVERT_BLOCK_ELEMENTS),))
-    for start in range(0, count, CONVERT_BLOCK_ELEMENTS):
-        block = buffer[: count - start]
-        tensor.shard.read_into(tensor.spec, tensor_bytes(block), start * item_bytes)
-        yield start, block
-
-
-def _convert(source: torch.Tensor, target: torch.Tensor) -> int:
-    """Convert a block; count the values that were finite and are no more."""
-    target.copy_(source)
-    # Of the three dtypes only this one is so narrow that weights do overflow it.
-    if target.dtype != torch.float16 or source.dtype.itemsize == 1:
-        return 0
-    if torch.stack(torch.aminmax(target)).isfinite().all():  # twenty times faster than counting
-        return 0
-    return int(target.isinf().sum()) - int(source.isinf().sum())
-
-
-def _warn_of_overflow(tensor: ShardTensor, dtype: torch.dtype, count: int) -> None:
-    if count:
-        _log.warning(
-            "%s: %d values are too large for %s and became infinite, as they would in "
-            "transformers; bfloat16 has room for them",
-            tensor.spec.name,
-            count,
-            str(dtype).removeprefix("torch."),
-        )
-
-
-def _with_dtype(config: Mapping[str, Any], dtype: str, *, whole: bool = True) -> dict[str, Any]:
-    """Give a configuration that states another dtype: the whole always, a part where it did."""
-    made = {
-        key: _with_dtype(value, dtype, whole=False) if isinstance(value, dict) else value
-        for key, value in config.items()
-    }
-    for key in ("dtype", "torch_dtype"):
-        # A vocabulary has numbers here (Emu3 has a token of that name).
-        if key in made and (made[key] is None or _names_a_dtype(made[key])):
-            made[key] = dtype
-    return {**made, "dtype": dtype} if whole else made
-
-
-def _names_a_dtype(value: object) -> bool:
-    return isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)
-
-
 def _finish(job: Job, partial: Path, out: Path, state: State) -> None:
     index = job.layout.index_json()
     files = job.files
     if index is not None:
         files.remove(partial / job.layout.index_name)
         write_text(partial / job.layout.index_name, index, files)
-    config = dict(job.checkpoint.config)
-    if job.plan.dtype is not None:
-        config = _with_dtype(config, job.plan.dtype)
-    config["quantization_config"] = job.scheme.quantization_config(job.targets.ignore)
+    config = config_of_result(job)
     files.remove(partial / CONFIG_NAME)
     write_text(partial / CONFIG_NAME, json.dumps(config, indent=2) + "\n", files)
     copy_side_files(job.checkpoint.folder, partial)

@@ -91,12 +91,19 @@ class Folder:
         Raises:
             ClosedError: the folder was closed, or belongs to the parent process.
         """
-        self._check_ours(f"offload {name!r} to {self.path}")
-        if not self._end.alive:
-            raise ClosedError(f"cannot offload {name!r} to {self.path}: it was closed")
+        self.check_open(name)
         if codec is not None:
             codec_named(codec)
         return self._writer.put(name, tensor, codec, self)
+
+    def check_open(self, name: str) -> None:
+        """Raise :class:`ClosedError` if a tensor of this name could not be offloaded now."""
+        self._check_ours(f"offload {name!r} to {self.path}")
+        if not self._end.alive:
+            raise ClosedError(
+                f"cannot offload {name!r} to {self.path}: it was closed; what was offloaded stays "
+                "readable, for changes dispatch the model to an open folder"
+            )
 
     def flush(self) -> None:
         """Write all that is queued and return when it is in the files.

@@ -18,8 +18,8 @@ from diskoffload.errors import DamagedFileError
 from diskoffload.store.codec import CHUNK_BYTES, codec_named
 from diskoffload.store.header import StoredSpec, can_be_a_tensor
 from diskoffload.store.recipe import Piece
-from diskoffload.store.shard import Shard, tensor_bytes
-from diskoffload.system.memory import empty
+from diskoffload.store.shard import Shard
+from diskoffload.system.memory import empty, tensor_bytes
 
 ENCODING_KEY = "diskoffload.encoding"
 RAW = "raw"

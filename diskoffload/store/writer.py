@@ -23,7 +23,8 @@ import xxhash
 from diskoffload.errors import UnsupportedTensorError
 from diskoffload.store.codec import codec_named
 from diskoffload.store.header import DTYPE_NAMES, FILLER_PREFIX, METADATA_KEY, Planned
-from diskoffload.store.shard import Shard, ShardWriter, tensor_bytes
+from diskoffload.store.shard import Shard
+from diskoffload.store.shard_writer import ShardWriter
 from diskoffload.store.stored import (
     ENCODING_KEY,
     RAW,
@@ -33,6 +34,7 @@ from diskoffload.store.stored import (
     stored_tensors,
 )
 from diskoffload.system.files import Files
+from diskoffload.system.memory import tensor_bytes
 
 # Compression that saves less than a tenth costs more than it gives, and hinders mapping.
 _WORTH_PACKING = 0.9

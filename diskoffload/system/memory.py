@@ -149,6 +149,14 @@ def empty(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     return anonymous(nbytes).tensor(dtype, shape)
 
 
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """View a contiguous CPU tensor's bytes; the view keeps its memory alive."""
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    return flat.numpy().data.cast("B")
+
+
 def trim_heap() -> None:
     """Have the C library give freed memory back to the system, where it knows how (glibc).
 

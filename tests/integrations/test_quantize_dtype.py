@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import diskoffload
 from diskoffload import cli
-from diskoffload.quantize import Interrupted, plan_quantization, quantize_checkpoint, run
+from diskoffload.quantize import Interrupted, convert, plan_quantization, quantize_checkpoint
 from diskoffload.store.shard import Shard
 from diskoffload.system.files import Files
 
@@ -244,7 +244,7 @@ def test_an_interrupted_run_goes_on_in_its_own_dtype_only(
     options: dict[str, Any] = {"max_shard_size": "100KB", "dtype": "bfloat16"}
     source, out = sources["llama", torch.float32], tmp_path / "out"
     quantize_checkpoint(source, tmp_path / "whole", "W8A16", **options)
-    monkeypatch.setattr(run, "CONVERT_BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr(convert, "_BLOCK_ELEMENTS", 1000)
     answers = [False] * count + [True]
     with pytest.raises(Interrupted):
         quantize_checkpoint(source, out, "W8A16", **options, stop=lambda: answers.pop(0))
@@ -260,7 +260,7 @@ def test_an_error_within_a_tensor_loses_nothing(
 ) -> None:
     source = sources["mixtral", torch.float32]
     quantize_checkpoint(source, tmp_path / "whole", "FP8", dtype="float16")
-    monkeypatch.setattr(run, "CONVERT_BLOCK_ELEMENTS", 5000)
+    monkeypatch.setattr(convert, "_BLOCK_ELEMENTS", 5000)
     read_into = Shard.read_into
     for stop_at in (3, 20, 40):
         left = [stop_at]
@@ -284,12 +284,12 @@ def test_a_process_killed_within_a_tensor_goes_on_to_the_same_bytes(
     sources: dict[Any, Path], tmp_path: Path, number: int
 ) -> None:
     script = (
-        "import sys, time; from diskoffload import cli\nfrom diskoffload.quantize import run\n"
-        "run.CONVERT_BLOCK_ELEMENTS = 4096\n"
-        "inner = run._convert\n"
+        "import sys, time; from diskoffload import cli\nfrom diskoffload.quantize import convert\n"
+        "convert._BLOCK_ELEMENTS = 4096\n"
+        "inner = convert._convert\n"
         "def slow(*a):\n"
         "    time.sleep(0.02); return inner(*a)\n"
-        "run._convert = slow\n"
+        "convert._convert = slow\n"
         "sys.exit(cli.main(sys.argv[1:]))"
     )
     source, out = sources["llama", torch.float32], tmp_path / "out"

@@ -16,8 +16,9 @@ import torch
 
 import diskoffload
 from diskoffload.store.header import DTYPE_NAMES, Header, header_length, parse_header
-from diskoffload.store.shard import Shard, tensor_bytes
+from diskoffload.store.shard import Shard
 from diskoffload.system.files import Files
+from diskoffload.system.memory import tensor_bytes
 
 STORABLE = sorted(DTYPE_NAMES, key=str)
 

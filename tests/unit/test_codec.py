@@ -11,7 +11,7 @@ from shard_files import noise
 
 from diskoffload.errors import DamagedFileError, InvalidInputError
 from diskoffload.store.codec import CHUNK_BYTES, Zstd, codec_named
-from diskoffload.store.shard import tensor_bytes
+from diskoffload.system.memory import tensor_bytes
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -22,8 +22,9 @@ from diskoffload.store.header import (
     Planned,
     build_header,
 )
-from diskoffload.store.shard import ShardWriter, tensor_bytes
+from diskoffload.store.shard_writer import ShardWriter
 from diskoffload.system.files import Files
+from diskoffload.system.memory import tensor_bytes
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -14,7 +14,6 @@ import torch
 from shard_files import in_child, mappings_of, noise, same
 
 from diskoffload.errors import StorageError
-from diskoffload.store.shard import tensor_bytes
 from diskoffload.system.memory import (
     PAGE_BYTES,
     Memory,
@@ -22,6 +21,7 @@ from diskoffload.system.memory import (
     anonymous_bytes_of_process,
     empty,
     map_file,
+    tensor_bytes,
     written_pages,
 )
 

@@ -22,8 +22,10 @@ from shard_files import (
 )
 
 from diskoffload.errors import DamagedFileError, StorageError
-from diskoffload.store.shard import Shard, ShardWriter, tensor_bytes
+from diskoffload.store.shard import Shard
+from diskoffload.store.shard_writer import ShardWriter
 from diskoffload.system.files import Files
+from diskoffload.system.memory import tensor_bytes
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

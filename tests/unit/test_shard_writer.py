@@ -20,8 +20,10 @@ from shard_files import (
 
 from diskoffload.errors import DamagedFileError, InvalidInputError, NoSpaceError, StorageError
 from diskoffload.store.header import ALIGNMENT_BYTES
-from diskoffload.store.shard import Shard, ShardWriter, tensor_bytes
+from diskoffload.store.shard import Shard
+from diskoffload.store.shard_writer import ShardWriter
 from diskoffload.system.files import Files
+from diskoffload.system.memory import tensor_bytes
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -15,7 +15,8 @@ from shard_files import entry, file_bytes, mappings_of, noise, open_shard, same
 from diskoffload.errors import DamagedFileError
 from diskoffload.store.codec import CHUNK_BYTES, codec_named
 from diskoffload.store.recipe import Piece
-from diskoffload.store.shard import Shard, ShardWriter, tensor_bytes
+from diskoffload.store.shard import Shard
+from diskoffload.store.shard_writer import ShardWriter
 from diskoffload.store.stored import (
     ENCODING_KEY,
     RAW,
@@ -29,6 +30,7 @@ from diskoffload.store.stored import (
     stored_tensors,
 )
 from diskoffload.system.files import Files
+from diskoffload.system.memory import tensor_bytes
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
