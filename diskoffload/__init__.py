@@ -31,6 +31,7 @@ from diskoffload.errors import (
     OffloadError,
     OutputExistsError,
     StorageError,
+    UnsupportedError,
     UnsupportedTensorError,
 )
 from diskoffload.forward import unwrap_offload_forward
@@ -66,6 +67,7 @@ __all__ = [
     "OutputExistsError",
     "Plan",
     "StorageError",
+    "UnsupportedError",
     "UnsupportedTensorError",
     "align_module_device",
     "align_modules",

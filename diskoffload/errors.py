@@ -7,6 +7,7 @@
     +-- AlreadyOffloadedError (ValueError)     a module offloaded twice
     +-- NotOffloadedError (ValueError)         an offloaded module was needed
     +-- ClosedError (RuntimeError)             the owner was closed before
+    +-- UnsupportedError (RuntimeError)        an offloaded module cannot do this
     +-- MissingExtraError (ImportError)        an optional dependency is absent
     +-- UnsupportedTensorError (TypeError)     a tensor that cannot be stored
     +-- BudgetError (MemoryError)              it cannot fit, whatever leaves
@@ -48,6 +49,10 @@ class NotOffloadedError(OffloadError, ValueError):
 
 class ClosedError(OffloadError, RuntimeError):
     """The object was closed; its held tensors stay readable, it takes no more."""
+
+
+class UnsupportedError(OffloadError, RuntimeError):
+    """Something that only a plain module can do was asked of an offloaded one."""
 
 
 class MissingExtraError(OffloadError, ImportError):

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, ItemsView, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from diskoffload.cache import modes
+from diskoffload.cache import modes, tracing
 from diskoffload.cache.views import KeptValues, OffloadedValues, OnClass
-from diskoffload.errors import InvalidInputError, NotOffloadedError
+from diskoffload.errors import (
+    InvalidInputError,
+    NotOffloadedError,
+    UnsupportedError,
+    UnsupportedTensorError,
+)
 from diskoffload.residency.held import (
     Backing,
     Held,
@@ -22,6 +29,7 @@ from diskoffload.residency.held import (
     object_like,
 )
 from diskoffload.residency.resident import Residency, current_value, default_residency
+from diskoffload.residency.storages import ViewBacking
 from diskoffload.system.devices import usable_device
 
 Device = torch.device | str | int
@@ -42,6 +50,7 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
         onload_device: where reads bring tensors; may be set at any time.
         offload_device: where tensors wait, a device or ``"disk"``.
         name: full name of the module in the model, for the names in files; may be empty.
+        traced: what compiled code reads, and thereby keeps in memory; see ``cache.tracing``.
     """
 
     offload_device: torch.device | str
@@ -74,6 +83,7 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
 
     def __init_subclass__(cls, *, kind: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        tracing.keep_dynamo_out(cls)
         if kind is not None:
             _classes[kind] = cls
 
@@ -131,6 +141,8 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
         self.residency = residency or default_residency
         self._held: dict[Any, Held | None] = {}
         self._published: dict[Any, torch.Tensor | None] = {}
+        self.traced: dict[Any, torch.Tensor | None] = {}
+        tracing.register(self)
 
     def _check_offload_device(self, offload_device: Device) -> None:
         if str(offload_device) != str(self.offload_device):
@@ -178,6 +190,7 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
 
     # ------------------------------------------------------------------ the mapping
 
+    @tracing.traced_as(tracing.read_traced)
     def __getitem__(self, key: Any) -> torch.Tensor | None:
         if not modes.entered:
             try:
@@ -203,6 +216,7 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
             )
         old = self._held.get(key)
         if value is None:
+            tracing.replace(self, key, None)
             self._drop(key, old)
             self._held[key] = None
             self._published[key] = None
@@ -212,12 +226,14 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
         held = held_of(value)
         if held is None:
             held = self._new(key, value)
+        tracing.replace(self, key, held)
         self._drop(key, old)
         self._show(key, held)
 
     def __delitem__(self, key: Any) -> None:
         self._drop(key, self._held[key])
         del self._held[key]
+        self.traced.pop(key, None)
 
     def discard(self, key: Hashable) -> None:
         """Remove an entry if it is there; ``Module.__setattr__`` treats us as a set."""
@@ -225,8 +241,23 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
             del self[key]
 
     def copy(self) -> dict[Any, torch.Tensor | None]:
-        """Give a plain dictionary of the onloaded entries, as ``dict.copy`` would."""
-        return dict(self.items())
+        """Refuse: only the replication of a module over devices asks for it.
+
+        A replica's ``forward`` would be the original's, and every weight would be loaded at
+        once on every device. ``dict(cache)`` gives a plain dictionary.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(
+            "an offloaded module cannot be replicated over devices (torch.nn.DataParallel): "
+            "spread it over them with diskoffload.dispatch_model, or run a process per device; "
+            "for a plain dictionary of its tensors use dict(...)"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as a plain dictionary with its values; what is read is loaded, and held."""
+        return dict, (dict(self.items()),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadCache:
         """Copy the cache; what is unchanged on disk is read from there, not copied."""
@@ -237,10 +268,7 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
                 if held is None:
                     made[key] = None
                     continue
-                twin = memo.get(id(held))
-                if twin is None:
-                    twin = memo[id(held)] = made._twin(key, held, memo)
-                made._show(key, twin)
+                made._show(key, made._twin_once(key, held, memo))
         return made
 
     def __del__(self) -> None:
@@ -276,6 +304,7 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
 
     # ------------------------------------------------------------------ entries
 
+    @tracing.traced_as(tracing.update_traced)
     def set_value(self, key: Any, data: torch.Tensor) -> None:
         """Give an entry the value that ``data`` has now; its object stays.
 
@@ -309,6 +338,7 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
                 held.unbind_all(self._published)
         self._held.clear()
         self._published.clear()
+        self.traced.clear()
 
     def held_items(self) -> ItemsView[Any, Held | None]:
         """Give the entries themselves; for those who move or save them without reading."""
@@ -316,6 +346,7 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
 
     def bind_lazily(self, key: Any, held: Held) -> None:
         """Show an entry whose object is made at its first read."""
+        tracing.replace(self, key, held)
         self._drop(key, self._held.get(key))
         self._show(key, held)
 
@@ -325,7 +356,7 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
             return None
         if modes.entered:
             if modes.current().onloading_disabled:
-                return held.offloaded
+                return tracing.unless_exporting(held.offloaded)
             modes.keep(held, self.residency)
         return self.residency.onload(held, self.onload_device)
 
@@ -334,6 +365,11 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
 
     def _new(self, key: Any, value: torch.Tensor) -> Held:
         name = self._full_name(key)
+        if is_traceable_wrapper_subclass(value):
+            raise UnsupportedTensorError(
+                f"cannot offload {name!r}: a {type(value).__name__} is a wrapper of several "
+                "tensors; leave its module plain, or offload the model before it is quantized"
+            )
         if not is_ours_to_move(value):
             return Held(name, None, tensor=value, state=State.AS_IS)
         backing, state, write = self._back(value)
@@ -342,9 +378,21 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
         self.residency.adopt(held, write=write)
         return held
 
+    def _twin_once(self, key: Any, held: Held, memo: dict[int, Any]) -> Held:
+        twin: Held | None = memo.get(id(held))
+        if twin is None:
+            twin = memo[id(held)] = self._twin(key, held, memo)
+        return twin
+
     def _twin(self, key: Any, held: Held, memo: dict[int, Any]) -> Held:
         backing, changed = current_value(held)
-        twin = None if backing is None else backing.twin(memo)
+        if isinstance(backing, ViewBacking):
+            root = self._twin_once(key, held.root, memo)
+            if root.views is None:
+                root.views = weakref.WeakSet()
+            twin: Backing | None = backing.over(root)
+        else:
+            twin = None if backing is None else backing.twin(memo)
         if twin is not None:
             template = copy.deepcopy(held.offloaded)
             vacant = object_like(template, torch.empty(0, dtype=template.dtype))
@@ -362,12 +410,13 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
         if held is None:
             self._held[key] = self._published[key] = None
             return
-        if held.backing is not None and not self._accepts(held):
+        root = held.root
+        if root.backing is not None and not self._accepts(root):
             with self.residency.lock:
                 self.residency.onload(held, self.onload_device)
-                self._move_in(held)
-        elif held.backing is not None:
-            self._rebase(held)
+                self._move_in(root)
+        elif root.backing is not None:
+            self._rebase(root)
         self._show(key, held)
 
     def _show(self, key: Any, held: Held) -> None:
@@ -392,5 +441,9 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
             )
         return held
 
+
+tracing.keep_dynamo_out(
+    OffloadCache, but=("__getitem__", "__contains__", "__iter__", "__len__", "copy")
+)
 
 _classes: dict[str, type[OffloadCache]] = {}

@@ -14,16 +14,23 @@ from diskoffload.residency.resident import Residency
 from diskoffload.store.codec import codec_named
 from diskoffload.store.folder import Folder, open_folders
 from diskoffload.store.header import ALIGNMENT_BYTES
-from diskoffload.store.shard import Shard, tensor_bytes
+from diskoffload.store.shard import Shard
 from diskoffload.store.stored import Stored
 from diskoffload.store.writer import Ticket
-from diskoffload.system.memory import PAGE_BYTES, discard_written, empty, written_pages
+from diskoffload.system.memory import (
+    PAGE_BYTES,
+    discard_written,
+    empty,
+    tensor_bytes,
+    written_pages,
+)
 
 
 class DiskBacking:
     """A value in a file: of our folder, or of a checkpoint that is used where it lies."""
 
     memory = None
+    root = None
 
     def __init__(
         self,
@@ -52,6 +59,10 @@ class DiskBacking:
             layout = (stored.dtype, stored.shape)
         self.layout = layout
 
+    def view_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """Do nothing: there is no root to view."""
+        return whole
+
     def beneath(self, device: torch.device) -> torch.Tensor | None:
         """Alias the mapped file, for the CPU and where its bytes are the value."""
         if device.type != "cpu" or self.stored is None:
@@ -65,6 +76,10 @@ class DiskBacking:
         """Read, decode or assemble the value, and copy it to the device."""
         assert self.stored is not None  # what is not written yet is still in its object
         return self.stored.load().to(device)
+
+    def check_open(self, name: str) -> None:
+        """Raise :class:`ClosedError` if our folder takes no more."""
+        self.folder.check_open(name)
 
     def rewrite(self, name: str, value: torch.Tensor) -> Backing | Ticket:
         """Queue a newer value for writing to our folder, whatever it was read from."""
@@ -213,7 +228,8 @@ class DiskCache(OffloadCache, kind="disk"):
         self.residency.sync(self._is_mine)
 
     def _is_mine(self, held: Held) -> bool:
-        return isinstance(held.backing, DiskBacking) and held.backing.folder is self.folder
+        backing = held.root.backing
+        return isinstance(backing, DiskBacking) and backing.folder is self.folder
 
     def _like(self) -> DiskCache:
         return DiskCache(
@@ -247,6 +263,9 @@ class DiskCache(OffloadCache, kind="disk"):
     def _free(self, held: Held, onload: bool) -> torch.Tensor:
         place = self.onload_device if onload else torch.device("cpu")
         tensor = self.residency.onload(held, place)
-        if onload and held.state is State.BENEATH:
-            held.lay(empty(tensor.dtype, tuple(tensor.shape)).copy_(tensor.detach()), State.FRESH)
+        if onload and held.root.state is State.BENEATH:
+            whole = held.root.tensor
+            assert whole is not None  # the entry lies on it
+            memory = empty(whole.dtype, tuple(whole.shape)).copy_(whole.detach())
+            held.root.lay(memory, State.FRESH)
         return tensor

@@ -15,6 +15,8 @@ from diskoffload.system.memory import empty
 class RamBacking:
     """A value in the memory of a device; on that device an entry's object lies right on it."""
 
+    root = None
+
     def __init__(self, memory: torch.Tensor) -> None:
         # An alias: the object itself may be laid on another device's memory.
         self.memory = memory.detach()
@@ -25,6 +27,10 @@ class RamBacking:
         mine = self.memory.device
         return mine == device or (mine.type == device.type and device.index is None)
 
+    def view_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """Do nothing: there is no root to view."""
+        return whole
+
     def beneath(self, device: torch.device) -> torch.Tensor | None:
         """Give the memory itself on its own device."""
         return self.memory if self.is_on(device) else None
@@ -32,6 +38,9 @@ class RamBacking:
     def load(self, device: torch.device) -> torch.Tensor:
         """Copy to another device."""
         return self.memory.to(device, copy=True)
+
+    def check_open(self, name: str) -> None:
+        """Do nothing: memory is never closed."""
 
     def rewrite(self, name: str, value: torch.Tensor) -> Backing | Ticket:
         """Take a newer value at once: by copying from another device, else by moving there."""

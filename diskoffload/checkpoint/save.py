@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from diskoffload.planning import format_bytes, parse_bytes
 from diskoffload.progress import byte_bar
 from diskoffload.residency.held import Held, State
 from diskoffload.residency.resident import current_value
+from diskoffload.residency.storages import ViewBacking
 from diskoffload.store.header import DTYPE_NAMES, Planned
 from diskoffload.store.recipe import Piece, Recipe
-from diskoffload.store.shard import ShardWriter, tensor_bytes
+from diskoffload.store.shard_writer import ShardWriter
 from diskoffload.store.stored import AssembledTensor, ShardTensor, Stored
 from diskoffload.system.files import Files
-from diskoffload.system.memory import empty
+from diskoffload.system.memory import empty, tensor_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ _Value = Held | torch.Tensor | Stored
 
 def _values(model: torch.nn.Module) -> dict[str, _Value]:
     """List what a state dict would hold, ties under one name, without reading a tensor."""
-    found: dict[int, tuple[str, _Value]] = {}
+    found: dict[Hashable, tuple[str, _Value]] = {}
     dropped = _names_not_saved(model)
     for prefix, module in model.named_modules():
         persistent = module._non_persistent_buffers_set
@@ -181,9 +182,14 @@ def _values(model: torch.nn.Module) -> dict[str, _Value]:
     return dict(found.values())
 
 
-def _identity(value: _Value) -> int:
-    # A tie between a plain and an offloaded module is one object behind two faces.
-    return id(value.tensor) if isinstance(value, Held) and value.tensor is not None else id(value)
+def _identity(value: _Value) -> Hashable:
+    if isinstance(value, Held):
+        if isinstance(value.backing, ViewBacking) and not value.is_changed():
+            return id(value.root), value.backing.extent  # two views of the same bytes are one
+        if value.tensor is not None:
+            # A tie between a plain and an offloaded module is one object behind two faces.
+            return id(value.tensor)
+    return id(value)
 
 
 def _names_not_saved(model: torch.nn.Module) -> set[str]:
@@ -221,8 +227,8 @@ def _source(value: _Value) -> Stored | torch.Tensor:
     backing, tensor = current_value(value)
     if isinstance(backing, DiskBacking) and backing.stored is not None:
         return backing.stored
-    if tensor is None:
-        tensor = backing.memory if backing is not None else None
+    if tensor is None and backing is not None:
+        tensor = backing.memory if backing.root is None else backing.load(torch.device("cpu"))
     assert tensor is not None  # what is not on disk is in memory
     return tensor
 

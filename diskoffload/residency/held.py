@@ -47,11 +47,21 @@ class Backing(Protocol):
     def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
         """Element type and shape of the value."""
 
+    @property
+    def root(self) -> Held | None:
+        """The entry that the value is a view of, if it is one."""
+
+    def view_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """Give that view of the root's memory."""
+
     def beneath(self, device: torch.device) -> torch.Tensor | None:
         """Give memory of the backing's own that may lie beneath an object on the device."""
 
     def load(self, device: torch.device) -> torch.Tensor:
         """Give the value in fresh memory on the device."""
+
+    def check_open(self, name: str) -> None:
+        """Raise what :meth:`rewrite` would if the place for newer values is closed."""
 
     def rewrite(self, name: str, value: torch.Tensor) -> Backing | Ticket:
         """Take a newer value: at once (a new backing), or soon (a ticket)."""
@@ -83,6 +93,8 @@ class Held:
         ticket: the write under way, if any.
         bindings: every ``(published, key)`` that shows the object; ties have several.
         keepers: how many ``disable_offloading`` contexts want it to stay.
+        mates: every entry that was seen on the same storage, this one included.
+        views: of a root, the entries that are views of it; they lie wherever it lies.
     """
 
     __slots__ = (
@@ -94,10 +106,12 @@ class Held:
         "backing",
         "bindings",
         "keepers",
+        "mates",
         "name",
         "state",
         "tensor",
         "ticket",
+        "views",
     )
 
     def __init__(
@@ -116,6 +130,8 @@ class Held:
         self.ticket: Ticket | None = None
         self.bindings: list[tuple[dict[Any, torch.Tensor | None], Any]] = []
         self.keepers = 0
+        self.mates: list[weakref.ref[Held]] | None = None
+        self.views: weakref.WeakSet[Held] | None = None
         self._template = template
         self._digest = b""
         self._address = 0
@@ -146,10 +162,17 @@ class Held:
             return self.tensor
         if self._template is None or (self._template.is_meta and memory is not None):
             assert self.tensor is not None  # a lazy entry was made from its template
-            shown = self.tensor.detach().to("meta") if memory is None else memory
+            shown = self._on_meta() if memory is None else memory
             self._template = object_like(self.tensor, shown)
             _by_object[id(self._template)] = self
         return self._template
+
+    def _on_meta(self) -> torch.Tensor:
+        assert self.tensor is not None  # or there would be a template already
+        if self.state is not State.VACANT or self.backing is None:
+            return self.tensor.detach().to("meta")
+        dtype, shape = self.backing.layout  # the object has no elements now
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     def _refresh_template(self) -> None:
         """Have the stand-in follow what was done to the object meanwhile."""
@@ -181,12 +204,16 @@ class Held:
         assert self.tensor is not None
         for published, key in self.bindings:
             published[key] = self.tensor
+        for view in self._laid_views():
+            view.publish()
         return self.tensor
 
     def unpublish(self) -> None:
         """Make readers come through the slow path, where the lock is."""
         for published, key in self.bindings:
             published.pop(key, None)
+        for view in self._laid_views():
+            view.unpublish()
 
     def bind(self, published: dict[Any, torch.Tensor | None], key: Any) -> None:
         """Add a place that shows the entry."""
@@ -207,6 +234,7 @@ class Held:
 
     def lay(self, value: torch.Tensor, state: State) -> None:
         """Put memory beneath the object; ``value``'s other users keep sharing it."""
+        following = self._laid_views()
         if self.tensor is None:
             assert self._template is not None
             self.tensor = object_like(self._template, value)
@@ -219,10 +247,24 @@ class Held:
             self._address = self.tensor.data_ptr()
         elif state is State.LOADED:
             self._digest = digest_of(self.tensor)
+        for view in following:
+            assert view.backing is not None  # it says which part of this it is
+            view.lay(view.backing.view_of(self.tensor), State.BENEATH)
+        root = self.root
+        if root is not self and root.views is not None:
+            root.views.add(self)
+
+    def hand_over(self, heir: Held) -> None:
+        """Give another entry, whose object lies on the same memory, all that is known of it."""
+        heir.state, heir.ticket = self.state, self.ticket
+        heir._digest, heir._address, heir._strides = self._digest, self._address, self._strides
+        self.ticket = None
 
     def vacate(self) -> None:
         """Take the memory away. To be called on an unpublished, unheld entry only."""
         assert self.tensor is not None
+        for view in self._laid_views():
+            view.vacate()
         # No elements rather than no memory: a stray use is then a clear error, not a crash.
         with torch.inference_mode(False):
             self.tensor.data = torch.empty(0, dtype=self.tensor.dtype, device=self.tensor.device)
@@ -231,9 +273,62 @@ class Held:
     def is_unheld(self) -> bool:
         """Whether nothing but the entry uses object and memory. Only true when unpublished."""
         uses = list(self._uses())
-        if self.backing is not None and self.backing.memory is not None:
-            uses[2] -= self.state is State.BENEATH
-        return tuple(uses) == _UNHELD
+        if self.root is not self:
+            return tuple(uses[:2]) == _UNHELD[:2]  # whose memory it is the root judges
+        uses[2] -= self._lies_on_memory() + self._neighbour_uses()
+        return (
+            tuple(uses) == _UNHELD
+            and not self._is_shared()
+            and all(view.is_unheld() for view in self._laid_views())
+        )
+
+    def can_come_back(self) -> bool:
+        """Whether somebody has the object, or what stands for it offloaded, to put it back."""
+        template = self._template
+        return not self.is_unheld() or (template is not None and sys.getrefcount(template) > 3)
+
+    def _lies_on_memory(self) -> bool:
+        """Whether the backing refers to the storage that the object lies on, as well."""
+        backing = self.backing
+        return self.state is State.BENEATH and backing is not None and backing.memory is not None
+
+    def _neighbour_uses(self) -> int:
+        """Count the uses of the storage by other entries."""
+        if self.mates is None:
+            return 0
+        key, count = self.storage_key(), 0
+        for ref in self.mates:
+            one = ref()
+            if one is not None and one is not self and one.storage_key() == key:
+                count += 1 + (one.root is one and one._lies_on_memory())
+        return count
+
+    def storage_key(self) -> int:
+        """Give the identity of the storage that the object lies on; 0 if it lies on none."""
+        if self.tensor is None or self.backing is None or self.state is State.VACANT:
+            return 0
+        return int(self.tensor.untyped_storage()._cdata)
+
+    @property
+    def root(self) -> Held:
+        """The entry that this one is a view of; itself if it is none."""
+        root = None if self.backing is None else self.backing.root
+        return self if root is None else root
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether a ``disable_offloading`` context wants it, or a view of it, to stay."""
+        return self.keepers > 0 or any(view.keepers for view in self.views or ())
+
+    def _laid_views(self) -> list[Held]:
+        """List the views that lie on the object's memory now."""
+        laid = [view for view in self.views or () if view.state is State.BENEATH]
+        return [view for view in laid if view.root is self and not view.is_changed()]
+
+    def _is_shared(self) -> bool:
+        """Whether other processes may use the memory (``share_memory``, a worker's arguments)."""
+        tensor = self.tensor
+        return tensor is not None and tensor.is_cpu and tensor.untyped_storage().is_shared()
 
     def _uses(self) -> tuple[int, int, int, int]:
         tensor = self.tensor

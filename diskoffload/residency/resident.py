@@ -17,6 +17,7 @@ from itertools import islice
 import torch
 
 from diskoffload.residency.held import Backing, Held, State
+from diskoffload.residency.storages import Storages, become_view, root_of
 from diskoffload.store.writer import Ticket
 from diskoffload.system.headroom import Headroom
 from diskoffload.system.memory import empty, trim_heap
@@ -52,6 +53,7 @@ class Residency:
         self._headroom = headroom or Headroom()
         self._loaded: weakref.WeakKeyDictionary[Held, int] = weakref.WeakKeyDictionary()
         self._known: weakref.WeakSet[Held] = weakref.WeakSet()
+        self._storages = Storages()
         # What waits for something: a write to end (filled by the writer's thread), a
         # written object's users to let go of it, a replaced object's users likewise.
         self._arrived: deque[weakref.ref[Held]] = deque()
@@ -97,6 +99,7 @@ class Residency:
         value = None if held.state is State.FRESH else backing.beneath(device)
         if value is not None:
             held.lay(value, State.BENEATH)
+            self._storages.note(held)
             return
         if held.state is State.FRESH:
             assert held.tensor is not None
@@ -106,6 +109,7 @@ class Residency:
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         self.make_room(nbytes)
         held.lay(backing.load(device), State.LOADED)
+        self._storages.note(held)
         self._loaded[held] = nbytes
         self.loaded_count += 1
 
@@ -122,7 +126,7 @@ class Residency:
         """Let loaded copies leave until ``nbytes`` more fit the budget, as far as they can."""
         with self.lock:
             for held in list(self._loaded):
-                if not held.keepers:
+                if not held.is_kept:
                     self.release(held)
             # Asking the system costs a little, so only where something could leave.
             if self._loaded and self.loaded_bytes + nbytes > self.budget_bytes():
@@ -154,8 +158,8 @@ class Residency:
         with self.lock:
             for held in kept:
                 held.keepers -= 1
-                if not held.keepers:
-                    self.release(held)
+                if not held.root.is_kept:
+                    self.release(held.root)
 
     # ------------------------------------------------------------------ writing
 
@@ -163,6 +167,8 @@ class Residency:
         """Keep an entry's books from now on; write its value behind the caller's back."""
         with self.lock, torch.inference_mode(False):
             self._known.add(held)
+            if self._became_view(held):
+                return
             if write and held.tensor is not None:
                 # Whoever made it has most likely freed as much on the way.
                 self._freed_bytes += held.nbytes
@@ -170,12 +176,33 @@ class Residency:
             if write:
                 self._write_back(held)
 
+    def _became_view(self, held: Held) -> bool:
+        """Tie an entry to the one whose bytes its value shares, if there is one."""
+        mate = self._storages.note(held)
+        if mate is None:
+            return False
+        root = root_of(mate, self)
+        become_view(held, root, self)
+        if root is not mate:
+            self._known.add(root)
+            self._storages.note(root)
+            if mate in self._loaded:
+                self._loaded[root] = self._loaded.pop(mate)
+            if root.ticket is not None:
+                root.ticket.notify(partial(self._arrived.append, weakref.ref(root)))
+            elif root.state is State.FRESH:
+                self._write_back(root)
+        held.publish()
+        return True
+
     def _write_back(self, held: Held) -> None:
         if held.state in (State.VACANT, State.AS_IS) or held.backing is None:
             return
         if held.state is State.BENEATH and not held.is_changed():
             return
         if held.state is State.LOADED and not held.is_changed():
+            return
+        if self._became_view(held):
             return
         assert held.tensor is not None
         outcome = held.backing.rewrite(held.name, held.tensor.detach())
@@ -196,14 +223,17 @@ class Residency:
 
         Raises:
             RuntimeError: shapes that do not broadcast, as ``Tensor.copy_`` does.
+            ClosedError: the folder was closed. In both cases nothing was changed.
         """
         with self.lock, torch.inference_mode(False), torch.no_grad():
+            if held.backing is not None:
+                held.backing.check_open(held.name)
             self.onload(held, device)
             if not self._renew(held, data):
                 assert held.tensor is not None  # it was onloaded
                 held.tensor.copy_(data)
             if held.state is not State.AS_IS:
-                self._write_back(held)
+                self._write_back(held.root)
 
     def _renew(self, held: Held, data: torch.Tensor) -> bool:
         """Lay new memory with a new value beneath an unheld object that a file lies beneath.
@@ -215,6 +245,8 @@ class Residency:
             held.state is not State.BENEATH
             or held.backing is None
             or held.backing.memory is not None
+            or held.root is not held
+            or held.views is not None
         ):
             return False
         held.unpublish()
@@ -250,7 +282,8 @@ class Residency:
         held.unpublish()
         if not held.is_unheld():
             held.publish()
-            return False
+            # Perhaps only other entries use it: the memory may be another than was noted.
+            return self._became_view(held)
         if not held.is_stored():
             self._write_back(held)
             held.publish()
@@ -273,7 +306,8 @@ class Residency:
         Whoever puts the object back (``torch.func.functional_call``) gets its entry back.
         """
         with self.lock:
-            if not held.bindings and not held.is_unheld():
+            # What is as it is has nothing to come back to: a later binding makes its entry anew.
+            if held.backing is not None and not held.bindings and held.can_come_back():
                 self._parked[held] = None
 
     def unpark(self, held: Held) -> None:

@@ -1,38 +1,19 @@
-"""What every contract test must leave behind: nothing."""
+"""A model held in each of the ways; and what every contract test must leave behind: nothing."""
 
-from __future__ import annotations
-
-import gc
-import os
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from garbage import no_garbage
+from ways import WAYS, Net, hold, make_net
+
+__all__ = ["no_garbage"]
 
 
-@pytest.fixture(autouse=True)
-def no_garbage(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail a test that leaves a file, a mapping, a descriptor or a thread."""
-    gc.collect()
-    threads = set(threading.enumerate())
-    yield
-    request.node.funcargs.clear()  # pytest itself would keep the model alive
-    _check(tmp_path, threads)
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
-def _check(tmp_path: Path, threads: set[threading.Thread]) -> None:
-    gc.collect()
-    left = [str(path) for path in tmp_path.rglob("diskoffload*")]
-    assert not left, f"files were left: {left}"
-    with open("/proc/self/maps", encoding="utf-8") as maps:
-        mapped = [line for line in maps if str(tmp_path) in line]
-    assert not mapped, f"mappings were left: {mapped}"
-    open_files = []
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            open_files.append(os.readlink(f"/proc/self/fd/{fd}"))
-        except OSError:
-            continue
-    assert not [name for name in open_files if str(tmp_path) in name]
-    assert not [one for one in threading.enumerate() if one not in threads]
+@pytest.fixture
+def net(way: str, tmp_path: Path) -> Net:
+    return hold(make_net(), way, tmp_path)

@@ -9,21 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from ways import DISK_WAYS, WAYS, Net, hold, make_net, written
+from ways import DISK_WAYS, Net, hold, make_net, written
 
 import diskoffload
 
 IDS = torch.arange(32).reshape(2, 16) % 32
-
-
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def net(way: str, tmp_path: Path) -> Net:
-    return hold(make_net(), way, tmp_path)
 
 
 def test_values_and_outputs_are_the_plain_modules(net: Net) -> None:

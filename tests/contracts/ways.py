@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 import diskoffload
+from diskoffload.residency.held import State
 from diskoffload.residency.resident import Residency
 
 WAYS = (
@@ -94,3 +97,42 @@ def written(net: torch.nn.Module) -> None:
         if isinstance(module._parameters, diskoffload.DiskCache):
             module._parameters.sync()
             return
+
+
+IDS = torch.arange(32)
+
+
+def left_memory(net: torch.nn.Module) -> None:
+    """Have every change on disk, and every copy that nobody uses out of memory."""
+    for _ in range(2):  # what is stored is laid beneath an object at the next look
+        gc.collect()
+        written(net)
+    for module in net.modules():
+        if isinstance(module._parameters, diskoffload.OffloadCache):
+            module._parameters.residency.make_room(0)
+            return
+
+
+def check_same(net: torch.nn.Module, plain: torch.nn.Module, in_use: tuple[str, ...] = ()) -> None:
+    """Compare all values, now and after they have left memory; only those in use stay there."""
+    for _ in range(2):
+        mine, theirs = net.state_dict(), plain.state_dict()
+        assert mine.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert mine[name].dtype == value.dtype, name
+            assert mine[name].shape == value.shape, name
+            assert torch.equal(mine[name], value), name
+        del mine, theirs, value
+        left_memory(net)
+    if isinstance(net._parameters, diskoffload.DiskCache):
+        assert set(kept_in_memory(net)) <= set(in_use)
+
+
+def kept_in_memory(net: torch.nn.Module) -> Iterator[str]:
+    """Name the entries whose values are in memory of their own, though they could be on disk."""
+    for module in net.modules():
+        for mapping in (module._parameters, module._buffers):
+            entries = mapping.held_items() if isinstance(mapping, diskoffload.OffloadCache) else ()
+            for _, held in entries:
+                if held is not None and held.state in (State.FRESH, State.LOADED):
+                    yield held.name

@@ -1,0 +1,197 @@
+"""Entries whose tensors lie on one storage: disjoint parts of it, or views of the same bytes.
+
+Parts that do not overlap (``q, k, v = fused.chunk(3)``) are entries of their own, and only
+have to be counted when it is judged whether a storage is in use. Overlapping ones are a tie:
+an edit of one is an edit of the other. Such entries become views of a *root*, an entry that
+no module shows, which alone is stored, loaded and moved; its views lie wherever it lies.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol
+
+import torch
+
+from diskoffload.residency.held import Backing, Held, State
+from diskoffload.store.writer import Ticket
+
+
+class Onloads(Protocol):
+    """What brings entries into memory."""
+
+    def onload(self, held: Held, device: torch.device) -> torch.Tensor:
+        """Bring an entry's value beneath its object on a device."""
+
+
+class ViewBacking:
+    """A value that is a view of another entry's; never changes."""
+
+    def __init__(
+        self, residency: Onloads, root: Held, view: torch.Tensor, offset_bytes: int
+    ) -> None:
+        """Describe a view.
+
+        Args:
+            residency: brings the root into memory.
+            root: the entry of all the bytes.
+            view: a tensor with the dtype, shape and strides.
+            offset_bytes: where the view begins in the root.
+        """
+        self.root: Held = root
+        self.layout = (view.dtype, tuple(view.shape))
+        self._residency = residency
+        self._strides = view.stride()
+        self._offset_bytes = offset_bytes
+
+    @property
+    def memory(self) -> torch.Tensor | None:
+        """The view of the memory that the root waits in, if that is memory."""
+        assert self.root.backing is not None  # what is as it is was never tied
+        whole = self.root.backing.memory
+        return None if whole is None else self.view_of(whole)
+
+    @property
+    def extent(self) -> tuple[Any, ...]:
+        """What tells this view of its root from others: equal ones are the same tensor."""
+        return (*self.layout, self._strides, self._offset_bytes)
+
+    def beneath(self, device: torch.device) -> torch.Tensor | None:
+        """Give the view of wherever the root is brought to."""
+        return self.view_of(self._residency.onload(self.root, device))
+
+    def view_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """Give the view of the root's memory, wherever that is."""
+        whole = whole.detach()
+        dtype, shape = self.layout
+        start = whole.storage_offset() * whole.dtype.itemsize + self._offset_bytes
+        made = torch.empty(0, dtype=dtype, device=whole.device)
+        return made.set_(whole.untyped_storage(), start // dtype.itemsize, shape, self._strides)
+
+    def load(self, device: torch.device) -> torch.Tensor:
+        """Copy the view out of the root."""
+        return self.view_of(self._residency.onload(self.root, device)).clone()
+
+    def check_open(self, name: str) -> None:
+        """Ask the root."""
+        assert self.root.backing is not None
+        self.root.backing.check_open(name)
+
+    def rewrite(self, name: str, value: torch.Tensor) -> Backing | Ticket:
+        """Take a value that lies elsewhere now: it is no view of the root any more."""
+        assert self.root.backing is not None
+        return self.root.backing.rewrite(name, value)
+
+    def succeed(self, ticket: Ticket) -> Backing:
+        """Stand alone from now on."""
+        assert self.root.backing is not None
+        return self.root.backing.succeed(ticket)
+
+    def over(self, root: Held) -> ViewBacking:
+        """Describe the same view of another root."""
+        made = ViewBacking.__new__(ViewBacking)
+        made.__dict__.update(self.__dict__)
+        made.root = root
+        return made
+
+    def twin(self, memo: dict[int, Any]) -> Backing | None:
+        """Answer ``None``: a copy is a view of the root's copy, see :meth:`over`."""
+        return None
+
+    def was_edited(self, value: torch.Tensor) -> bool:
+        """Answer no: an edit here is one of the root, and found there."""
+        return False
+
+    def forget_edits(self, address: int, nbytes: int) -> None:
+        """Do nothing: the root does."""
+
+
+class Storages:
+    """Which entries lie on which storage. Guarded by the residency's lock."""
+
+    def __init__(self) -> None:
+        self._first: weakref.WeakValueDictionary[int, Held] = weakref.WeakValueDictionary()
+
+    def note(self, held: Held) -> Held | None:
+        """Remember what an entry lies on; give one whose bytes overlap with its, if there is.
+
+        Entries on one storage know of each other afterwards.
+        """
+        key = held.storage_key()
+        if not key:
+            return None
+        first = self._first.get(key)
+        if first is None or first is held or first.storage_key() != key:
+            self._first[key] = held
+            return None
+        mates = first.mates if first.mates is not None else [weakref.ref(first)]
+        live = [(ref, one) for ref in mates if (one := ref()) is not None]
+        if held not in [one for _, one in live]:
+            live.append((weakref.ref(held), held))
+        mates[:] = [ref for ref, one in live if one.storage_key() == key]
+        for _, one in live:
+            one.mates = mates
+        overlapping = [one for _, one in live if one is not held and _overlap(one, held)]
+        # Of a tie the root stands for all: its views come and go.
+        return next((one.root for one in overlapping), None)
+
+
+def _overlap(one: Held, other: Held) -> bool:
+    if State.VACANT in (one.state, other.state) or one.root is other.root:
+        return False
+    (start, stop), (begin, end) = _span(one.tensor), _span(other.tensor)
+    return start < end and begin < stop
+
+
+def _span(tensor: torch.Tensor | None) -> tuple[int, int]:
+    """Give the first byte of a tensor's elements and the one after the last."""
+    assert tensor is not None  # it lies on a storage
+    start = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return start, start
+    reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (reach + 1) * tensor.dtype.itemsize
+
+
+def root_of(mate: Held, residency: Onloads) -> Held:
+    """Give the entry of all the bytes that a tensor lies on; make it if there is none yet.
+
+    A root that is made takes over the mate's value where that is all of the storage; else it
+    is FRESH and still to be written.
+
+    Args:
+        mate: an entry, or already a root.
+        residency: brings the root into memory.
+    """
+    tensor, backing = mate.tensor, mate.backing
+    assert tensor is not None  # it lies in memory
+    assert backing is not None  # what is as it is was never noted
+    if mate.views is not None:
+        return mate
+    start, stop = _span(tensor)
+    if tensor.is_contiguous() and stop - start == tensor.untyped_storage().nbytes():
+        root = Held(mate.name, backing, tensor=tensor.detach())
+        mate.hand_over(root)
+    else:
+        root = Held(mate.name, backing, tensor=_whole_storage(tensor), state=State.FRESH)
+    root.views = weakref.WeakSet()
+    become_view(mate, root, residency)
+    return root
+
+
+def _whole_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """View all of the storage that a tensor lies on, in its dtype if that divides it."""
+    storage = tensor.untyped_storage()
+    dtype = torch.uint8 if storage.nbytes() % tensor.dtype.itemsize else tensor.dtype
+    made = torch.empty(0, dtype=dtype, device=tensor.device)
+    return made.set_(storage, 0, (storage.nbytes() // dtype.itemsize,), (1,))
+
+
+def become_view(held: Held, root: Held, residency: Onloads) -> None:
+    """Turn an entry that lies on a root's bytes into a view of it."""
+    assert held.tensor is not None
+    assert root.tensor is not None
+    offset_bytes = held.tensor.data_ptr() - root.tensor.data_ptr()
+    held.drop_ticket()
+    held.backing = ViewBacking(residency, root, held.tensor, offset_bytes)
+    held.lay(held.tensor, State.BENEATH)
