@@ -260,6 +260,11 @@ class Held:
         heir._digest, heir._address, heir._strides = self._digest, self._address, self._strides
         self.ticket = None
 
+    def let_go(self) -> None:
+        """Leave the object as it is from now on: its value is none of our business any more."""
+        self.drop_ticket()
+        self.state, self.backing = State.AS_IS, None
+
     def vacate(self) -> None:
         """Take the memory away. To be called on an unpublished, unheld entry only."""
         assert self.tensor is not None
@@ -346,7 +351,7 @@ class Held:
         """Whether the value differs from the backing's; costs a look at its bytes if LOADED."""
         if self.state is State.VACANT or self.tensor is None:
             return False
-        if self.state is State.AS_IS or self.backing is None:
+        if self.state is State.AS_IS or self.backing is None or self.tensor.is_meta:
             return True
         if self.state is State.FRESH:
             return not self.is_stored()

@@ -16,7 +16,7 @@ from itertools import islice
 
 import torch
 
-from diskoffload.residency.held import Backing, Held, State
+from diskoffload.residency.held import Backing, Held, State, is_ours_to_move
 from diskoffload.residency.storages import Storages, become_view, root_of
 from diskoffload.store.writer import Ticket
 from diskoffload.system.headroom import Headroom
@@ -198,13 +198,16 @@ class Residency:
     def _write_back(self, held: Held) -> None:
         if held.state in (State.VACANT, State.AS_IS) or held.backing is None:
             return
+        assert held.tensor is not None  # only vacant entries may have no object yet
+        if not is_ours_to_move(held.tensor):
+            held.let_go()  # a graph's result was put into it, or it was swapped for a meta tensor
+            return
         if held.state is State.BENEATH and not held.is_changed():
             return
         if held.state is State.LOADED and not held.is_changed():
             return
         if self._became_view(held):
             return
-        assert held.tensor is not None
         outcome = held.backing.rewrite(held.name, held.tensor.detach())
         if held.ticket is not None:
             held.ticket.cancel()
