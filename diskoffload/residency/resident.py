@@ -141,9 +141,7 @@ class Residency:
             if held.state is not State.LOADED:
                 self._loaded.pop(held, None)
                 return False
-            held.unpublish()
-            if not held.is_unheld():
-                held.publish()
+            if not self._withdraw(held):
                 return False
             self._loaded.pop(held, None)
             self._write_back(held)  # does nothing if nothing was changed
@@ -152,6 +150,17 @@ class Residency:
             else:
                 held.publish()  # readable until it is written; the writer's queue is bounded
             return True
+
+    def _withdraw(self, held: Held) -> bool:
+        """Hide an entry from readers, unless something uses it."""
+        held.unpublish()
+        if held.is_unheld():
+            return True
+        # Perhaps only other entries use it: it may lie on another memory than was noted.
+        if not self._became_view(held) and held.mates is not None and held.is_unheld():
+            return True
+        held.publish()
+        return False
 
     def release_kept(self, kept: list[Held]) -> None:
         """End one context's wish to keep these, and let go what nothing uses."""
@@ -282,11 +291,8 @@ class Residency:
             return True
         assert held.backing is not None
         assert held.tensor is not None
-        held.unpublish()
-        if not held.is_unheld():
-            held.publish()
-            # Perhaps only other entries use it: the memory may be another than was noted.
-            return self._became_view(held)
+        if not self._withdraw(held):
+            return held.state is not State.FRESH
         if not held.is_stored():
             self._write_back(held)
             held.publish()
