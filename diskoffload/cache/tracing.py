@@ -139,11 +139,7 @@ def unless_exporting(offloaded: torch.Tensor) -> torch.Tensor:
 
 def _keep_while_tracing(context: Any) -> None:
     tracker = context.get_local("self")._i_will_not_complain_if_bc_breaks_VariableTracker()
-    try:
-        keep(getattr(tracker, "realize", lambda: tracker)().value)
-    except OffloadError as error:
-        # The read that now runs outside of the graph raises it again, as itself.
-        context.graph_break(f"{type(error).__name__}: {error}")
+    keep(getattr(tracker, "realize", lambda: tracker)().value)
 
 
 def keep(cache: OffloadCache) -> None:

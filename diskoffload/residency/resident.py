@@ -18,6 +18,7 @@ import torch
 
 from diskoffload.residency.held import Backing, Held, State, is_ours_to_move
 from diskoffload.residency.storages import Storages, become_view, root_of
+from diskoffload.residency.window import Window
 from diskoffload.store.writer import Ticket
 from diskoffload.system.headroom import Headroom
 from diskoffload.system.memory import empty, trim_heap
@@ -27,6 +28,10 @@ _log = logging.getLogger(__name__)
 # Room left to the rest of the process when kept values grow: the smaller of these.
 _RESERVE_BYTES = 512 << 20
 _RESERVE_SHARE = 0.1
+# Mapped tensors that may be edited before anyone looks: at least so much, else this share of
+# what is available, and of max_bytes where it is given.
+_LEAST_WINDOW_BYTES = 32 << 20
+_WINDOW_SHARE = 2
 # How many entries in use are looked at again per slow operation: keeps each one O(1).
 _LOOKS = 4
 # How much of the C library's memory is freed before it is asked to give it back (some ms).
@@ -54,6 +59,7 @@ class Residency:
         self._loaded: weakref.WeakKeyDictionary[Held, int] = weakref.WeakKeyDictionary()
         self._known: weakref.WeakSet[Held] = weakref.WeakSet()
         self._storages = Storages()
+        self._window = Window()
         # What waits for something: a write to end (filled by the writer's thread), a
         # written object's users to let go of it, a replaced object's users likewise.
         self._arrived: deque[weakref.ref[Held]] = deque()
@@ -83,7 +89,27 @@ class Residency:
                 self._settle()
                 if held.state is State.VACANT or self._is_elsewhere(held, device):
                     self._bring(held, device)
+                root = held.root
+                if root.state is State.BENEATH and root.backing and root.backing.memory is None:
+                    self._window.enter(root)
+                    self._look_at_what_leaves()
             return held.publish()
+
+    def _look_at_what_leaves(self) -> None:
+        """Write edits of mapped entries that were not read lately, and have their pages back."""
+        available = self._headroom.available_bytes()
+        most = available if self.max_bytes is None else min(available, self.max_bytes)
+        self._window.shrink(max(_LEAST_WINDOW_BYTES, most // _WINDOW_SHARE), _LOOKS)
+        for held in self._window.to_look_at(_LOOKS):
+            if held.state is not State.BENEATH:
+                continue
+            held.unpublish()
+            if held.is_unheld():
+                self._write_back(held)
+            elif held.is_changed():
+                # Writing it would give nothing back as long as its user holds it.
+                held.publish()
+                self._window.enter(held)
 
     def _is_elsewhere(self, held: Held, device: torch.device) -> bool:
         if held.state is State.AS_IS or held.tensor is None or held.tensor.device == device:
@@ -304,8 +330,7 @@ class Residency:
         if value is None:
             held.vacate()
         else:
-            held.lay(value, State.BENEATH)
-            held.publish()
+            held.lay(value, State.BENEATH)  # found without asking only after the next read
         before.forget_edits(address, nbytes)
         return True
 

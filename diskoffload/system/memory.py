@@ -218,6 +218,23 @@ def discard_written(address: int, nbytes: int) -> None:
         _libc.madvise(first, last - first, _MADV_DONTNEED)
 
 
+def own_bytes_of_process() -> int:
+    """Estimate, in some microseconds, what memory of its own this process has; 0 off Linux.
+
+    Resident pages that no file backs (proc_pid_statm(5)): some 64 pages a thread too few or
+    too many, because the kernel counts in batches.
+    """
+    try:
+        fd = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    try:
+        fields = os.read(fd, 128).split()
+    finally:
+        os.close(fd)
+    return (int(fields[1]) - int(fields[2])) * PAGE_BYTES
+
+
 def anonymous_bytes_of_process() -> int | None:
     """Tell how much anonymous memory this process has resident, or ``None`` off Linux."""
     try:
