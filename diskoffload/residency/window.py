@@ -61,8 +61,10 @@ class Window:
         self._least_bytes = min(self._least_bytes or own_bytes, own_bytes)
         if own_bytes and own_bytes - self._least_bytes < _GROWTH_BYTES:
             return
+        # The latest first: what has grown was most likely edited a moment ago. Who has been
+        # looked at cannot be edited until it is read again.
         for _ in range(min(most, len(self._left))):
-            key, _nothing = self._left.popitem(last=False)
+            key, _nothing = self._left.popitem(last=True)
             held = key()
             if held is not None:
                 yield held
