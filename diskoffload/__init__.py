@@ -6,6 +6,7 @@ from diskoffload.cache.cpu import CPUCache
 from diskoffload.cache.device import DeviceCache
 from diskoffload.cache.disk import DiskCache
 from diskoffload.cache.modes import disable_offloading, disable_onloading
+from diskoffload.cache.tracing import release_traced
 from diskoffload.checkpoint.open import open_checkpoint
 from diskoffload.checkpoint.save import save_checkpoint
 from diskoffload.dispatch import (
@@ -84,6 +85,7 @@ __all__ = [
     "open_checkpoint",
     "plan_model",
     "register_offload_module",
+    "release_traced",
     "remove_dispatch",
     "remove_module_offload",
     "save_checkpoint",

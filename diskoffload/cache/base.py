@@ -442,8 +442,6 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
         return held
 
 
-tracing.keep_dynamo_out(
-    OffloadCache, but=("__getitem__", "__contains__", "__iter__", "__len__", "copy")
-)
+tracing.keep_dynamo_out(OffloadCache, but=("__getitem__", "__contains__", "__iter__", "__len__"))
 
 _classes: dict[str, type[OffloadCache]] = {}

@@ -19,8 +19,11 @@ a plain one. What they have made never asks a cache for a tensor again, so
 * modules of one make (a model's layers) are kept together, so that compiling each of them
   costs one compilation: all of them where that is free, else as many as the budget holds.
 * ``disable_onloading`` and ``disable_offloading`` say how Python reads; compiled code heeds
-  neither. Entering one of them, assigning a parameter or buffer, or offloading inside the
-  compiled function breaks its graph there; the results are right.
+  neither. Entering one of them, assigning a parameter or buffer (``functional_call`` does),
+  or offloading inside the compiled function breaks its graph there, and is an error with
+  ``fullgraph=True``; the results are right.
+* while a module is compiled all its tensors are read once, whatever the function needs. One
+  that cannot be read raises torch's ``InternalTorchDynamoError``, which names our own.
 * an exported program and a traced script refer to the tensors themselves, which stay in
   memory as long as it lives. Export a module as it is: inside ``disable_onloading`` it is
   refused, because the program would lack its tensors.
@@ -253,8 +256,9 @@ def _let_writes_end(caches: list[OffloadCache]) -> None:
 def _bytes_to_load(cache: OffloadCache) -> Iterator[int]:
     for _, held in _entries(cache):
         if held is not None and held.state is State.VACANT:
-            assert held.backing is not None  # or the value would be nowhere
-            if held.backing.beneath(cache.onload_device) is None:
+            backing = held.root.backing
+            assert backing is not None  # or the value would be nowhere
+            if backing.beneath(cache.onload_device) is None:
                 yield held.nbytes
 
 
