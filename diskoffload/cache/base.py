@@ -214,26 +214,23 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
                 f"cannot assign {type(value).__name__} to {self._full_name(key)!r}: "
                 "a module's entry is a tensor or None"
             )
-        old = self._held.get(key)
-        if value is None:
-            tracing.replace(self, key, None)
+        held = None if value is None else held_of(value) or self._new(key, value)
+        with self.residency.lock:
+            old = self._held.get(key)
+            if held is not None and held is old:
+                return
+            tracing.replace(self, key, held)
             self._drop(key, old)
-            self._held[key] = None
-            self._published[key] = None
-            return
-        if old is not None and (value is old.tensor or value is old._template):
-            return
-        held = held_of(value)
-        if held is None:
-            held = self._new(key, value)
-        tracing.replace(self, key, held)
-        self._drop(key, old)
-        self._show(key, held)
+            if held is None:
+                self._held[key] = self._published[key] = None
+            else:
+                self._show(key, held)
 
     def __delitem__(self, key: Any) -> None:
-        self._drop(key, self._held[key])
-        del self._held[key]
-        self.traced.pop(key, None)
+        with self.residency.lock:
+            self._drop(key, self._held[key])
+            del self._held[key]
+            self.traced.pop(key, None)
 
     def discard(self, key: Hashable) -> None:
         """Remove an entry if it is there; ``Module.__setattr__`` treats us as a set."""
@@ -381,7 +378,10 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
     def _twin_once(self, key: Any, held: Held, memo: dict[int, Any]) -> Held:
         twin: Held | None = memo.get(id(held))
         if twin is None:
-            twin = memo[id(held)] = self._twin(key, held, memo)
+            # A plain module that shares the object may have been copied before.
+            copied = None if held.tensor is None else memo.get(id(held.tensor))
+            twin = None if copied is None else held_of(copied) or self._new(key, copied)
+            twin = memo[id(held)] = twin or self._twin(key, held, memo)
         return twin
 
     def _twin(self, key: Any, held: Held, memo: dict[int, Any]) -> Held:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 from diskoffload.residency.held import Held
 from diskoffload.residency.resident import Residency
@@ -22,10 +22,14 @@ class Mode:
     Attributes:
         onloading_disabled: reads give the offloaded tensor itself.
         kept: entries fetched so far, with their books; ``None`` while nothing is kept.
+        outer: the mode that this one was entered in.
+        ended: not empty once it was left; a task that was started in it may outlive it.
     """
 
     onloading_disabled: bool = False
     kept: dict[Held, Residency] | None = None
+    outer: Mode | None = None
+    ended: list[None] = field(default_factory=list)
 
 
 _PLAIN = Mode()
@@ -38,7 +42,10 @@ entered: list[None] = []
 
 def current() -> Mode:
     """Tell the mode of this thread or task."""
-    return _mode.get()
+    mode = _mode.get()
+    while mode.ended and mode.outer is not None:
+        mode = mode.outer
+    return mode
 
 
 @contextmanager
@@ -49,6 +56,7 @@ def _in_mode(mode: Mode) -> Iterator[None]:
     try:
         yield
     finally:
+        mode.ended.append(None)
         _mode.reset(token)
         with _counting:
             entered.pop()
@@ -65,7 +73,7 @@ def disable_offloading() -> Iterator[None]:
         yield
         return
     kept: dict[Held, Residency] = {}
-    with _in_mode(replace(current(), kept=kept)):
+    with _in_mode(Mode(current().onloading_disabled, kept, current())):
         try:
             yield
         finally:
@@ -80,7 +88,7 @@ def disable_offloading() -> Iterator[None]:
 @contextmanager
 def disable_onloading() -> Iterator[None]:
     """Read and assign offloaded tensors themselves: on disk, those are meta tensors."""
-    with _in_mode(replace(current(), onloading_disabled=True)):
+    with _in_mode(Mode(True, current().kept, current())):
         yield
 
 

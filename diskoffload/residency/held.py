@@ -92,6 +92,7 @@ class Held:
         state: what lies beneath the object.
         ticket: the write under way, if any.
         bindings: every ``(published, key)`` that shows the object; ties have several.
+        place: the device it was brought to last, as that was spelled.
         keepers: how many ``disable_offloading`` contexts want it to stay.
         mates: every entry that was seen on the same storage, this one included.
         views: of a root, the entries that are views of it; they lie wherever it lies.
@@ -108,6 +109,7 @@ class Held:
         "keepers",
         "mates",
         "name",
+        "place",
         "state",
         "tensor",
         "ticket",
@@ -130,6 +132,7 @@ class Held:
         self.ticket: Ticket | None = None
         self.bindings: list[tuple[dict[Any, torch.Tensor | None], Any]] = []
         self.keepers = 0
+        self.place: torch.device | None = None
         self.mates: list[weakref.ref[Held]] | None = None
         self.views: weakref.WeakSet[Held] | None = None
         self._template = template
@@ -391,8 +394,12 @@ def object_like(template: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
 
 def is_ours_to_move(value: torch.Tensor) -> bool:
     """Whether a value is a plain tensor whose memory may be moved: no graph, no fake, no proxy."""
+    try:
+        has_graph = value.grad_fn is not None
+    except RuntimeError:  # a view edited while autograd was off: torch will not say
+        has_graph = True
     return (
-        value.grad_fn is None
+        not has_graph
         and value.layout == torch.strided
         and value.device.type != "meta"
         and not torch._C._functorch.is_functorch_wrapped_tensor(value)

@@ -7,15 +7,18 @@ does not.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 
 import torch
 
+from diskoffload.errors import ClosedError
 from diskoffload.residency.held import Backing, Held, State, is_ours_to_move
 from diskoffload.residency.storages import Storages, become_view, root_of
 from diskoffload.residency.window import Window
@@ -66,6 +69,7 @@ class Residency:
         self._lingering: deque[weakref.ref[Held]] = deque()
         self._parked: dict[Held, None] = {}
         self._freed_bytes = 0
+        _books.add(self)
 
     @property
     def loaded_bytes(self) -> int:
@@ -89,6 +93,7 @@ class Residency:
                 self._settle()
                 if held.state is State.VACANT or self._is_elsewhere(held, device):
                     self._bring(held, device)
+                    held.place = device
                 root = held.root
                 if root.state is State.BENEATH and root.backing and root.backing.memory is None:
                     self._window.enter(root)
@@ -105,7 +110,8 @@ class Residency:
                 continue
             held.unpublish()
             if held.is_unheld():
-                self._write_back(held)
+                with suppress(ClosedError):  # the edit stays in memory, and sync will tell
+                    self._write_back(held)
             elif held.is_changed():
                 # Writing it would give nothing back as long as its user holds it.
                 held.publish()
@@ -114,7 +120,9 @@ class Residency:
     def _is_elsewhere(self, held: Held, device: torch.device) -> bool:
         if held.state is State.AS_IS or held.tensor is None or held.tensor.device == device:
             return False
-        if held.tensor.device.type == device.type and device.index is None:
+        if held.tensor.device.type == device.type and (
+            device.index is None or held.place == device
+        ):
             return False
         self._write_back(held)
         return held.backing is not None
@@ -169,8 +177,12 @@ class Residency:
                 return False
             if not self._withdraw(held):
                 return False
+            try:
+                self._write_back(held)  # does nothing if nothing was changed
+            except ClosedError:
+                held.publish()  # whoever reads another tensor is not to be told: sync will
+                return False
             self._loaded.pop(held, None)
-            self._write_back(held)  # does nothing if nothing was changed
             if held.state is State.LOADED:
                 held.vacate()
             else:
@@ -320,7 +332,8 @@ class Residency:
         if not self._withdraw(held):
             return held.state is not State.FRESH
         if not held.is_stored():
-            self._write_back(held)
+            with suppress(ClosedError):
+                self._write_back(held)
             held.publish()
             return True
         before, held.backing, held.ticket = held.backing, held.backing.succeed(ticket), None
@@ -368,10 +381,19 @@ class Residency:
                 late = ticket is not None and ticket.stored is not None and not held.is_stored()
                 if held.state is not State.FRESH or lost or late:
                     self._write_back(held)
-            under_way = [held.ticket.folder for held in chosen if held.ticket is not None]
-            for folder in {id(one): one for one in under_way if one is not None}.values():
-                folder.flush()
+            _flush(chosen)
+            # A write that had begun before this call may have stored an older value.
+            older = [held for held in chosen if held.state is State.FRESH and not held.is_stored()]
+            for held in older:
+                self._write_back(held)
+            _flush(older)
             self._settle()
+
+
+def _flush(entries: list[Held]) -> None:
+    under_way = [held.ticket.folder for held in entries if held.ticket is not None]
+    for folder in {id(one): one for one in under_way if one is not None}.values():
+        folder.flush()
 
 
 def current_value(held: Held) -> tuple[Backing | None, torch.Tensor | None]:
@@ -382,6 +404,28 @@ def current_value(held: Held) -> tuple[Backing | None, torch.Tensor | None]:
         return held.backing, None
     return None, held.tensor
 
+
+def _lock_all_books() -> None:
+    """Let what other threads do come to its end: a child would find their locks held for ever."""
+    _forking.books = list(_books)
+    for residency in _forking.books:
+        residency.lock.acquire()
+
+
+def _unlock_all_books() -> None:
+    for residency in _forking.books:
+        residency.lock.release()
+    _forking.books = []
+
+
+_books: weakref.WeakSet[Residency] = weakref.WeakSet()
+_forking = threading.local()  # of the thread that forks, also in the child
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_lock_all_books,
+        after_in_parent=_unlock_all_books,
+        after_in_child=_unlock_all_books,
+    )
 
 default_residency = Residency()
 """Memory is the process's, so one object watches all of it unless another is handed in."""
