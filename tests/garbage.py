@@ -17,6 +17,8 @@ def no_garbage(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[None]
     gc.collect()
     threads = set(threading.enumerate())
     yield
+    if request.node.get_closest_marker("xfail") is not None:
+        return  # its traceback keeps alive what it held
     request.node.funcargs.clear()  # pytest itself would keep the model alive
     check_no_garbage(tmp_path, threads)
 
@@ -24,16 +26,21 @@ def no_garbage(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[None]
 def check_no_garbage(folder: Path, threads: set[threading.Thread]) -> None:
     """Find what is left of ours in a folder, and the threads that were not there before."""
     gc.collect()
-    left = [str(path) for path in folder.rglob("diskoffload*")]
-    assert not left, f"files were left: {left[:5]}"
+    if _left(folder, threads):
+        gc.collect()  # a tensor that another tensor keeps alive is found at the second time
+    left = _left(folder, threads)
+    assert not left, f"left behind: {left[:5]} and {len(left[5:])} more"
+
+
+def _left(folder: Path, threads: set[threading.Thread]) -> list[str]:
+    found = [str(path) for path in folder.rglob("diskoffload*")]
     with open("/proc/self/maps", encoding="utf-8") as maps:
-        mapped = [line for line in maps if str(folder) in line]
-    assert not mapped, f"mappings were left: {mapped[:5]}"
-    open_files = []
+        found += [line for line in maps if str(folder) in line]
     for fd in os.listdir("/proc/self/fd"):
         try:
-            open_files.append(os.readlink(f"/proc/self/fd/{fd}"))
+            name = os.readlink(f"/proc/self/fd/{fd}")
         except OSError:
             continue
-    assert not [name for name in open_files if str(folder) in name]
-    assert not [one for one in threading.enumerate() if one not in threads]
+        if str(folder) in name:
+            found.append(name)
+    return found + [one.name for one in threading.enumerate() if one not in threads]
