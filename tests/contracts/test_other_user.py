@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,10 +21,19 @@ SCRIPT = Path(__file__).with_name("edit_as_other_user.py")
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
+def place() -> Iterator[Path]:
+    """Give a folder that others may enter; pytest's own let nobody else in."""
+    folder = Path(tempfile.mkdtemp(prefix="other-user-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def checkpoint(place: Path) -> Path:
     net = make_net()
     state = {name: value for name, value in net.state_dict().items() if name != "head.weight"}
-    folder = tmp_path / "checkpoint"
+    folder = place / "checkpoint"
     folder.mkdir()
     save_file(state, folder / "model.safetensors")
     (folder / "model.safetensors").chmod(0o444)
@@ -30,15 +42,12 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_edits_of_a_checkpoint_that_one_does_not_own(checkpoint: Path, tmp_path: Path) -> None:
+def test_edits_of_a_checkpoint_that_one_does_not_own(checkpoint: Path, place: Path) -> None:
     file = checkpoint / "model.safetensors"
     before = hashlib.sha256(file.read_bytes()).hexdigest()
-    work = tmp_path / "work"
+    work = place / "work"
     work.mkdir()
     os.chown(work, NOBODY, NOBODY)
-    for parent in (tmp_path, *tmp_path.parents):  # pytest's own folders let nobody else in
-        if parent.stat().st_uid == 0 and parent != Path("/"):
-            parent.chmod(parent.stat().st_mode | 0o011)
     run = subprocess.run(
         [sys.executable, SCRIPT, checkpoint, work, str(NOBODY)],
         capture_output=True,
