@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from diskoffload.errors import DamagedFileError
+from diskoffload.errors import DamagedFileError, StorageError
 from diskoffload.store.header import LENGTH_BYTES, Header, StoredSpec, header_length, parse_header
 from diskoffload.store.shard_writer import ShardWriter
 from diskoffload.system.files import Files
@@ -151,11 +151,14 @@ class Shard:
 
     def read_into(self, spec: StoredSpec, target: memoryview, start: int = 0) -> None:
         """Read bytes of a tensor, from its byte ``start`` on, into ``target``."""
-        if self._is_gone():
+        try:
+            with self._opened() as fd:
+                self._files.read_into(fd, target, spec.offset + start, self.path)
+        except StorageError:
+            # Removed since it was last looked at: in a child, by the parent that owns it.
+            if not self._is_gone():
+                raise
             target[:] = self.memory.view(spec.offset + start, len(target))
-            return
-        with self._opened() as fd:
-            self._files.read_into(fd, target, spec.offset + start, self.path)
 
     def prefetch(self, spec: StoredSpec) -> None:
         """Ask the kernel to read a tensor ahead of its use."""

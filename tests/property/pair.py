@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 import diskoffload
-from diskoffload.residency.resident import Residency
+from diskoffload.cache.disk import DiskBacking
+from diskoffload.residency.held import State
+from diskoffload.residency.resident import Residency, current_value
 from diskoffload.store.folder import Folder
 
 WAYS = ("disk", "zstd", "elsewhere", "opened")
@@ -165,8 +167,20 @@ class Pair:
                 self.residency.release(held)
         elif how == "sync":
             self.held.one._parameters.sync()
+            self._check_disk()
         else:
             gc.collect()
+
+    def _check_disk(self) -> None:
+        for held in {held.root for held in self.residency.entries()}:
+            if held.state is State.AS_IS:
+                continue
+            backing, changed = current_value(held)
+            assert isinstance(backing, DiskBacking), held
+            assert changed is None, held
+            assert backing.stored is not None, held
+            if held.tensor is not None and held.state is not State.VACANT:
+                assert torch.equal(backing.stored.load(), held.tensor.detach()), held
 
     def wait_for_the_writer(self) -> None:
         """Let what the writer has begun end, so that the same steps give the same again."""
@@ -218,6 +232,8 @@ def copied(root: Root) -> Root:
         storage = tensor.untyped_storage()
         if on_storage[storage._cdata] == 1 or id(tensor) in memo:
             continue
+        if not torch.ops.aten.is_non_overlapping_and_dense(tensor):
+            raise RuntimeError("test_columns_of_a_matrix_leave_memory")
         made = torch.empty(0, dtype=tensor.dtype)
         made.set_(
             storages.setdefault(storage._cdata, storage.clone()),

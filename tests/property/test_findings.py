@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import diskoffload
+from diskoffload.residency.held import State
 from diskoffload.residency.resident import Residency
 
 
@@ -51,6 +53,25 @@ def test_strides_set_through_data_stay(layout: str, tmp_path: Path) -> None:
     del value
     leave(module)
     assert module.weight.stride() == strides
+
+
+@pytest.mark.xfail(strict=True, reason="torch cannot tell whether it overlaps, so it is kept")
+def test_columns_of_a_matrix_leave_memory(tmp_path: Path) -> None:
+    module = offloaded(tmp_path)
+    module.weight = torch.nn.Parameter(torch.ones(40, 80)[:, :40])
+    leave(module)
+    (held,) = [one for one in module._parameters.residency.entries() if one.name == "weight"]
+    assert held.state is not State.AS_IS
+
+
+def test_what_replaced_a_waiting_value_is_on_disk_after_sync(tmp_path: Path) -> None:
+    module = offloaded(tmp_path)
+    diskoffload.update_offload_parameter(module, "weight", torch.zeros(40, 40))
+    module.weight.data = torch.full((40, 40), 2.0)  # while the zeros wait for the writer
+    module._parameters.sync()
+    written = [load_file(path) for path in (tmp_path / "off").glob("*.safetensors")]
+    values = [value for one in written for value in one.values() if value.shape == (40, 40)]
+    assert any(bool((value == 2).all()) for value in values)
 
 
 @torch.no_grad()
