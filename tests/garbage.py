@@ -17,8 +17,6 @@ def no_garbage(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[None]
     gc.collect()
     threads = set(threading.enumerate())
     yield
-    if request.node.get_closest_marker("xfail") is not None:
-        return  # its traceback keeps alive what it held
     request.node.funcargs.clear()  # pytest itself would keep the model alive
     check_no_garbage(tmp_path, threads)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, ItemsView, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -22,14 +21,14 @@ from diskoffload.errors import (
 )
 from diskoffload.residency.held import (
     Backing,
+    Binding,
     Held,
     State,
     held_of,
-    is_ours_to_move,
-    object_like,
 )
-from diskoffload.residency.resident import Residency, current_value, default_residency
-from diskoffload.residency.storages import ViewBacking
+from diskoffload.residency.objects import is_ours_to_move
+from diskoffload.residency.resident import Residency, default_residency
+from diskoffload.residency.twins import twin_once
 from diskoffload.system.devices import usable_device
 
 Device = torch.device | str | int
@@ -134,15 +133,28 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
         Raises:
             InvalidInputError: no such device, not on this machine, or not this class's.
         """
+        self._held: dict[Any, Held | None] = {}
+        self.residency = residency or default_residency
         self.onload_device = usable_device(onload_device)
         if offload_device is not None:
             self._check_offload_device(offload_device)
         self.name = name
-        self.residency = residency or default_residency
-        self._held: dict[Any, Held | None] = {}
         self._published: dict[Any, torch.Tensor | None] = {}
         self.traced: dict[Any, torch.Tensor | None] = {}
         tracing.register(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Not a property: dynamo would take hold of every tensor before its memory is settled.
+        if name != "onload_device":
+            object.__setattr__(self, name, value)
+            return
+        device = usable_device(value)
+        with self.residency.lock:
+            object.__setattr__(self, name, device)
+            for key, held in self._held.items():
+                if held is not None:
+                    held.unbind(self._published, key)
+                    held.bind(Binding(self._published, key, device))
 
     def _check_offload_device(self, offload_device: Device) -> None:
         if str(offload_device) != str(self.offload_device):
@@ -265,7 +277,7 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
                 if held is None:
                     made[key] = None
                     continue
-                made._show(key, made._twin_once(key, held, memo))
+                made._show(key, twin_once(held, partial(made._new, key), memo))
         return made
 
     def __del__(self) -> None:
@@ -309,10 +321,11 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
             KeyError: no such entry, or ``None`` is in it.
             RuntimeError: ``data`` cannot be broadcast to its shape.
         """
-        held = self._held[key]
-        if held is None:
-            raise KeyError(key)
-        self.residency.update(held, data, self.onload_device)
+        with self.residency.lock:
+            held = self._held[key]
+            if held is None:
+                raise KeyError(key)
+            self.residency.update(held, data, self.onload_device)
 
     def release_entries(self, *, onload: bool) -> dict[Any, torch.Tensor | None]:
         """Give up every entry, and give the plain dictionary of their objects.
@@ -348,14 +361,15 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
         self._show(key, held)
 
     def _read(self, key: Any) -> torch.Tensor | None:
-        held = self._held[key]
-        if held is None:
-            return None
-        if modes.entered:
-            if modes.current().onloading_disabled:
-                return tracing.unless_exporting(held.offloaded)
-            modes.keep(held, self.residency)
-        return self.residency.onload(held, self.onload_device)
+        with self.residency.lock:  # else another thread may replace the entry meanwhile
+            held = self._held[key]
+            if held is None:
+                return None
+            if modes.entered:
+                if modes.current().onloading_disabled:
+                    return tracing.unless_exporting(held.offloaded)
+                modes.keep(held, self.residency)
+            return self.residency.onload(held, self.onload_device)
 
     def _full_name(self, key: Any) -> str:
         return f"{self.name}.{key}" if self.name else str(key)
@@ -375,36 +389,6 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
         self.residency.adopt(held, write=write)
         return held
 
-    def _twin_once(self, key: Any, held: Held, memo: dict[int, Any]) -> Held:
-        twin: Held | None = memo.get(id(held))
-        if twin is None:
-            # A plain module that shares the object may have been copied before.
-            copied = None if held.tensor is None else memo.get(id(held.tensor))
-            twin = None if copied is None else held_of(copied) or self._new(key, copied)
-            twin = memo[id(held)] = twin or self._twin(key, held, memo)
-        return twin
-
-    def _twin(self, key: Any, held: Held, memo: dict[int, Any]) -> Held:
-        backing, changed = current_value(held)
-        if isinstance(backing, ViewBacking):
-            root = self._twin_once(key, held.root, memo)
-            if root.views is None:
-                root.views = weakref.WeakSet()
-            twin: Backing | None = backing.over(root)
-        else:
-            twin = None if backing is None else backing.twin(memo)
-        if twin is not None:
-            template = copy.deepcopy(held.offloaded)
-            vacant = object_like(template, torch.empty(0, dtype=template.dtype))
-            made = Held(held.name, twin, tensor=vacant, template=template)
-        else:
-            value = changed if changed is not None else held.tensor
-            assert value is not None  # what has no twin has its value in its object
-            made = self._new(key, copy.deepcopy(value, memo))
-        if held.tensor is not None:
-            memo[id(held.tensor)] = made.tensor
-        return made
-
     def _take_over(self, key: Any, held: Held | None) -> None:
         """Bind an entry of another cache, and move its value to where this cache keeps it."""
         if held is None:
@@ -422,7 +406,7 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
     def _show(self, key: Any, held: Held) -> None:
         with self.residency.lock:
             self._held[key] = held
-            held.bind(self._published, key)
+            held.bind(Binding(self._published, key, self.onload_device))
             self.residency.unpark(held)
 
     def _drop(self, key: Any, held: Held | None) -> None:

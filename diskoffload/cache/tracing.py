@@ -45,6 +45,7 @@ from torch._C._dynamo import eval_frame
 
 from diskoffload.errors import OffloadError, UnsupportedError
 from diskoffload.residency.held import Held, State
+from diskoffload.residency.objects import uses_of
 from diskoffload.residency.resident import Residency
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ def keep_dynamo_out(cls: type, *, but: tuple[str, ...] = ()) -> None:
         cls: the class.
         but: methods that are traced where the code that calls them is.
     """
-    for name, function in vars(cls).items():
+    for name, member in vars(cls).items():
+        function = member.fget if isinstance(member, property) else member
         if isinstance(function, FunctionType):
             _skip_frames(function.__code__)
             if name not in but:
@@ -290,3 +292,4 @@ _warned: weakref.WeakSet[Residency] = weakref.WeakSet()
 
 for _cls in (Held, Residency):
     keep_dynamo_out(_cls)
+_skip_frames(uses_of.__code__)

@@ -33,7 +33,8 @@ from diskoffload.integrations.transformers_conversion import (
 from diskoffload.integrations.transformers_tensors import compute_tensors, untie
 from diskoffload.module import attach_caches, is_offloaded
 from diskoffload.planning import format_bytes, parse_bytes
-from diskoffload.residency.held import Held, State, object_like
+from diskoffload.residency.held import Held, State
+from diskoffload.residency.objects import object_like
 from diskoffload.residency.resident import Residency, default_residency
 from diskoffload.store.folder import Folder, open_folders
 from diskoffload.store.recipe import Recipe

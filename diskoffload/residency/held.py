@@ -19,10 +19,12 @@ from __future__ import annotations
 import enum
 import sys
 import weakref
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from diskoffload.residency.objects import object_like, uses_of
 from diskoffload.store.writer import Ticket, digest_of
 
 
@@ -82,16 +84,25 @@ class Backing(Protocol):
         """Give back what edits at this place have cost; nobody uses it any more."""
 
 
+class Binding(NamedTuple):
+    """One place that shows an entry's object: a key of a cache that onloads to a device."""
+
+    published: dict[Any, torch.Tensor | None]
+    key: Any
+    device: torch.device
+
+
 class Held:
     """One entry. Guarded by its residency's lock, but for :attr:`tensor`, which is for life.
 
     Attributes:
         name: its full name in the model, as far as it is known.
-        tensor: the object for life; ``None`` until the first read of a lazy entry.
+        tensor: the object for life; ``None`` until the first read of a lazy entry, and once
+            an object that was lent is gone.
         backing: where the value is when it is offloaded.
         state: what lies beneath the object.
         ticket: the write under way, if any.
-        bindings: every ``(published, key)`` that shows the object; ties have several.
+        bindings: every place that shows the object; ties have several.
         place: the device it was brought to last, as that was spelled.
         keepers: how many ``disable_offloading`` contexts want it to stay.
         mates: every entry that was seen on the same storage, this one included.
@@ -102,6 +113,8 @@ class Held:
         "__weakref__",
         "_address",
         "_digest",
+        "_lent",
+        "_object",
         "_strides",
         "_template",
         "backing",
@@ -111,7 +124,6 @@ class Held:
         "name",
         "place",
         "state",
-        "tensor",
         "ticket",
         "views",
     )
@@ -127,10 +139,11 @@ class Held:
     ) -> None:
         self.name = name
         self.backing = backing
-        self.tensor = tensor
+        self._object = tensor
+        self._lent: weakref.ref[torch.Tensor] | None = None
         self.state = state
         self.ticket: Ticket | None = None
-        self.bindings: list[tuple[dict[Any, torch.Tensor | None], Any]] = []
+        self.bindings: list[Binding] = []
         self.keepers = 0
         self.place: torch.device | None = None
         self.mates: list[weakref.ref[Held]] | None = None
@@ -157,11 +170,38 @@ class Held:
         return f"Held({self.name!r}, {self.state.name})"
 
     @property
+    def tensor(self) -> torch.Tensor | None:
+        """The object for life."""
+        return self._object if self._lent is None else self._lent()
+
+    @tensor.setter
+    def tensor(self, tensor: torch.Tensor) -> None:
+        self._object = tensor
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether the object is its user's alone now: to be neither moved nor written."""
+        return self._lent is not None
+
+    def lend(self, when_gone: Callable[[], object]) -> None:
+        """Leave an object that no module shows to whoever has it; the entry lasts as long."""
+        assert self._object is not None
+        self._lent = weakref.ref(self._object, lambda _: when_gone())
+        self._object = None
+
+    def take_back(self) -> None:
+        """Have the object again; its user is about to put it back."""
+        if self._lent is not None:
+            self._object, self._lent = self._lent(), None
+            assert self._object is not None  # it is in the user's hands
+
+    @property
     def offloaded(self) -> torch.Tensor:
         """What stands for the entry when onloading is disabled."""
         self._refresh_template()
         memory = self.backing.memory if self.backing is not None else self.tensor
-        if self.tensor is not None and memory is not None and self.state is not State.LOADED:
+        lies_here = self.state not in (State.VACANT, State.LOADED)
+        if self.tensor is not None and memory is not None and lies_here:
             return self.tensor
         if self._template is None or (self._template.is_meta and memory is not None):
             assert self.tensor is not None  # a lazy entry was made from its template
@@ -205,54 +245,70 @@ class Held:
     def publish(self) -> torch.Tensor:
         """Let readers find the object without asking anyone."""
         assert self.tensor is not None
-        for published, key in self.bindings:
-            published[key] = self.tensor
+        for binding in self.bindings:
+            self._publish_at(binding)
         for view in self._laid_views():
             view.publish()
         return self.tensor
 
+    def _publish_at(self, binding: Binding) -> None:
+        if self.is_at(binding.device):
+            binding.published[binding.key] = self.tensor
+
+    def is_at(self, device: torch.device) -> bool:
+        """Whether the object is where a reader on this device would have it."""
+        if self.tensor is None or self.state is State.AS_IS:
+            return True
+        there = self.tensor.device
+        return there == device or (
+            there.type == device.type and (device.index is None or self.place == device)
+        )
+
     def unpublish(self) -> None:
         """Make readers come through the slow path, where the lock is."""
-        for published, key in self.bindings:
-            published.pop(key, None)
+        for binding in self.bindings:
+            binding.published.pop(binding.key, None)
         for view in self._laid_views():
             view.unpublish()
 
-    def bind(self, published: dict[Any, torch.Tensor | None], key: Any) -> None:
+    def bind(self, binding: Binding) -> None:
         """Add a place that shows the entry."""
-        self.bindings.append((published, key))
+        self.bindings.append(binding)
         if self.state is not State.VACANT and self.tensor is not None:
-            published[key] = self.tensor
+            self._publish_at(binding)
 
     def unbind(self, published: dict[Any, torch.Tensor | None], key: Any) -> None:
         """Remove a place that shows the entry."""
-        self.bindings = [one for one in self.bindings if one[0] is not published or one[1] != key]
+        self.bindings = [
+            one for one in self.bindings if one.published is not published or one.key != key
+        ]
         published.pop(key, None)
 
     def unbind_all(self, published: dict[Any, torch.Tensor | None]) -> None:
         """Remove every place in one dictionary."""
-        self.bindings = [one for one in self.bindings if one[0] is not published]
+        self.bindings = [one for one in self.bindings if one.published is not published]
 
     # ------------------------------------------------------------ what lies beneath
 
     def lay(self, value: torch.Tensor, state: State) -> None:
         """Put memory beneath the object; ``value``'s other users keep sharing it."""
         following = self._laid_views()
-        if self.tensor is None:
+        tensor = self.tensor
+        if tensor is None:
             assert self._template is not None
-            self.tensor = object_like(self._template, value)
-            _by_object[id(self.tensor)] = self
-        elif value is not self.tensor:
-            self.tensor.data = value.detach()
+            tensor = self.tensor = object_like(self._template, value)
+            _by_object[id(tensor)] = self
+        elif value is not tensor:
+            tensor.data = value.detach()
         self.state = state
-        self._strides = self.tensor.stride()
+        self._strides = tensor.stride()
         if state is State.BENEATH:
-            self._address = self.tensor.data_ptr()
+            self._address = tensor.data_ptr()
         elif state is State.LOADED:
-            self._digest = digest_of(self.tensor)
+            self._digest = digest_of(tensor)
         for view in following:
             assert view.backing is not None  # it says which part of this it is
-            view.lay(view.backing.view_of(self.tensor), State.BENEATH)
+            view.lay(view.backing.view_of(tensor), State.BENEATH)
         root = self.root
         if root is not self and root.views is not None:
             root.views.add(self)
@@ -280,7 +336,9 @@ class Held:
 
     def is_unheld(self) -> bool:
         """Whether nothing but the entry uses object and memory. Only true when unpublished."""
-        uses = list(self._uses())
+        if self.tensor is None:
+            return True
+        uses = list(uses_of(self))
         if self.root is not self:
             return tuple(uses[:2]) == _UNHELD[:2]  # whose memory it is the root judges
         uses[2] -= self._lies_on_memory() + self._neighbour_uses()
@@ -290,10 +348,10 @@ class Held:
             and all(view.is_unheld() for view in self._laid_views())
         )
 
-    def can_come_back(self) -> bool:
-        """Whether somebody has the object, or what stands for it offloaded, to put it back."""
+    def standin_is_out(self) -> bool:
+        """Whether somebody has what stands for the object offloaded."""
         template = self._template
-        return not self.is_unheld() or (template is not None and sys.getrefcount(template) > 3)
+        return template is not None and sys.getrefcount(template) > 3
 
     def _lies_on_memory(self) -> bool:
         """Whether the backing refers to the storage that the object lies on, as well."""
@@ -313,9 +371,9 @@ class Held:
 
     def storage_key(self) -> int:
         """Give the identity of the storage that the object lies on; 0 if it lies on none."""
-        if self.tensor is None or self.backing is None or self.state is State.VACANT:
-            return 0
-        return int(self.tensor.untyped_storage()._cdata)
+        if self._object is None or self.backing is None or self.state is State.VACANT:
+            return 0  # what is lent counts as its user's
+        return int(self._object.untyped_storage()._cdata)
 
     @property
     def root(self) -> Held:
@@ -330,25 +388,13 @@ class Held:
 
     def _laid_views(self) -> list[Held]:
         """List the views that lie on the object's memory now."""
-        laid = [view for view in self.views or () if view.state is State.BENEATH]
+        laid = [one for one in self.views or () if one.state is State.BENEATH and not one.is_lent]
         return [view for view in laid if view.root is self and not view.is_changed()]
 
     def _is_shared(self) -> bool:
         """Whether other processes may use the memory (``share_memory``, a worker's arguments)."""
         tensor = self.tensor
         return tensor is not None and tensor.is_cpu and tensor.untyped_storage().is_shared()
-
-    def _uses(self) -> tuple[int, int, int, int]:
-        tensor = self.tensor
-        if tensor is None:
-            return _UNHELD
-        storage = tensor.untyped_storage()
-        return (
-            sys.getrefcount(tensor),
-            tensor._use_count(),  # type: ignore[attr-defined]
-            torch._C._storage_Use_Count(storage._cdata),
-            sys.getrefcount(storage),
-        )
 
     def is_changed(self) -> bool:
         """Whether the value differs from the backing's; costs a look at its bytes if LOADED."""
@@ -377,40 +423,6 @@ class Held:
         return same and digest_of(self.tensor) == ticket.digest
 
 
-def object_like(template: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
-    """Make an object of the template's class and attributes over ``data``'s memory."""
-    made: torch.Tensor
-    if isinstance(template, torch.nn.Parameter):
-        made = torch.nn.Parameter(data.detach(), requires_grad=template.requires_grad)
-    else:
-        made = data.detach()
-        made.requires_grad_(template.requires_grad)
-    if type(made) is not type(template):
-        made.__class__ = type(template)
-    if template.__dict__:
-        made.__dict__.update(template.__dict__)
-    return made
-
-
-def is_ours_to_move(value: torch.Tensor) -> bool:
-    """Whether a value is a plain tensor whose memory may be moved: no graph, no fake, no proxy."""
-    try:
-        has_graph = value.grad_fn is not None
-    except RuntimeError:  # a view edited while autograd was off: torch will not say
-        has_graph = True
-    return (
-        not has_graph
-        and value.layout == torch.strided
-        and value.device.type != "meta"
-        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
-        and type(value).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-        and not torch._debug_has_internal_overlap(value)
-        and not value.is_quantized
-        and not value.is_conj()
-        and not value.is_neg()
-    )
-
-
 def held_of(tensor: torch.Tensor) -> Held | None:
     """Find the entry that an object, or what stands for it offloaded, belongs to."""
     held = _by_object.get(id(tensor))
@@ -423,7 +435,5 @@ def held_of(tensor: torch.Tensor) -> Held | None:
 # modules is offloaded. Entries are owned by caches; this refers to them weakly.
 _by_object: weakref.WeakValueDictionary[int, Held] = weakref.WeakValueDictionary()
 
-# What the counts are when nobody holds the object differs between Python and torch
-# versions, so it is measured on an object that nobody holds.
-_UNHELD = (0, 0, 0, 0)
-_UNHELD = Held("", None, tensor=torch.nn.Parameter(torch.zeros(1)))._uses()
+# What the counts are when nobody holds the object.
+_UNHELD = uses_of(Held("", None, tensor=torch.nn.Parameter(torch.zeros(1))))

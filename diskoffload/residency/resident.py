@@ -7,19 +7,20 @@ does not.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from itertools import islice
 
 import torch
 
 from diskoffload.errors import ClosedError
-from diskoffload.residency.held import Backing, Held, State, is_ours_to_move
+from diskoffload.residency.forking import quiesce_at_fork
+from diskoffload.residency.held import Backing, Held, State
+from diskoffload.residency.objects import is_ours_to_move
+from diskoffload.residency.parking import Parking
 from diskoffload.residency.storages import Storages, become_view, root_of
 from diskoffload.residency.window import Window
 from diskoffload.store.writer import Ticket
@@ -64,12 +65,12 @@ class Residency:
         self._storages = Storages()
         self._window = Window()
         # What waits for something: a write to end (filled by the writer's thread), a
-        # written object's users to let go of it, a replaced object's users likewise.
+        # written object's users to let go of it.
         self._arrived: deque[weakref.ref[Held]] = deque()
         self._lingering: deque[weakref.ref[Held]] = deque()
-        self._parked: dict[Held, None] = {}
+        self._parking = Parking()
         self._freed_bytes = 0
-        _books.add(self)
+        quiesce_at_fork(self)
 
     @property
     def loaded_bytes(self) -> int:
@@ -106,7 +107,7 @@ class Residency:
         most = available if self.max_bytes is None else min(available, self.max_bytes)
         self._window.shrink(max(_LEAST_WINDOW_BYTES, most // _WINDOW_SHARE), _LOOKS)
         for held in self._window.to_look_at(_LOOKS):
-            if held.state is not State.BENEATH:
+            if held.state is not State.BENEATH or held.is_lent:
                 continue
             held.unpublish()
             if held.is_unheld():
@@ -118,13 +119,12 @@ class Residency:
                 self._window.enter(held)
 
     def _is_elsewhere(self, held: Held, device: torch.device) -> bool:
-        if held.state is State.AS_IS or held.tensor is None or held.tensor.device == device:
+        if held.is_at(device):
             return False
-        if held.tensor.device.type == device.type and (
-            device.index is None or held.place == device
-        ):
-            return False
-        self._write_back(held)
+        try:
+            self._write_back(held)
+        except ClosedError:  # a child of a fork reads too: the value itself moves then
+            held.state = State.FRESH
         return held.backing is not None
 
     def _bring(self, held: Held, device: torch.device) -> None:
@@ -172,7 +172,7 @@ class Residency:
     def release(self, held: Held) -> bool:
         """Take a loaded copy's memory, unless something uses it; an edit is written first."""
         with self.lock:
-            if held.state is not State.LOADED:
+            if held.state is not State.LOADED or held.is_lent:
                 self._loaded.pop(held, None)
                 return False
             if not self._withdraw(held):
@@ -318,15 +318,15 @@ class Residency:
         if self._freed_bytes >= _TRIM_BYTES:
             self._freed_bytes = 0
             trim_heap()
-        for held in list(islice(self._parked, _LOOKS)):
-            del self._parked[held]
-            self.park(held)
+        self._parking.look_again(_LOOKS)
 
     def _settle_one(self, held: Held) -> bool:
         """Put the stored value beneath an object; tell whether nothing remains to be done."""
         ticket = held.ticket
         if held.state is not State.FRESH or ticket is None or ticket.stored is None:
             return True
+        if held.is_lent:
+            return True  # looked at when it comes back
         assert held.backing is not None
         assert held.tensor is not None
         if not self._withdraw(held):
@@ -350,17 +350,22 @@ class Residency:
     def park(self, held: Held) -> None:
         """Remember an entry that no module shows now, for as long as its object is in use.
 
-        Whoever puts the object back (``torch.func.functional_call``) gets its entry back.
+        Whoever puts the object back gets its entry back. Until then nobody else reads it, so
+        nothing of it is moved or written.
         """
         with self.lock:
-            # What is as it is has nothing to come back to: a later binding makes its entry anew.
-            if held.backing is not None and not held.bindings and held.can_come_back():
-                self._parked[held] = None
+            self._parking.enter(held)
+            if held.is_lent:
+                self._loaded.pop(held, None)
 
     def unpark(self, held: Held) -> None:
-        """Forget a parked entry because a module shows it again."""
+        """Go on with a parked entry, because a module shows it again."""
         with self.lock:
-            self._parked.pop(held, None)
+            if self._parking.leave(held):
+                if held.state is State.LOADED:
+                    self._loaded[held] = held.nbytes
+                self._arrived.append(weakref.ref(held))
+                self._storages.note(held)
 
     def sync(self, selects: Callable[[Held], bool]) -> None:
         """Write what was changed in any way, and return when it is written.
@@ -374,7 +379,8 @@ class Residency:
                 again.
         """
         with self.lock:
-            chosen = [held for held in list(self._known) if selects(held)]
+            known = [held for held in list(self._known) if not held.is_lent]
+            chosen = [held for held in known if selects(held)]
             for held in chosen:
                 ticket = held.ticket
                 lost = ticket is None or ticket.cancelled
@@ -404,28 +410,6 @@ def current_value(held: Held) -> tuple[Backing | None, torch.Tensor | None]:
         return held.backing, None
     return None, held.tensor
 
-
-def _lock_all_books() -> None:
-    """Let what other threads do come to its end: a child would find their locks held for ever."""
-    _forking.books = list(_books)
-    for residency in _forking.books:
-        residency.lock.acquire()
-
-
-def _unlock_all_books() -> None:
-    for residency in _forking.books:
-        residency.lock.release()
-    _forking.books = []
-
-
-_books: weakref.WeakSet[Residency] = weakref.WeakSet()
-_forking = threading.local()  # of the thread that forks, also in the child
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_lock_all_books,
-        after_in_parent=_unlock_all_books,
-        after_in_child=_unlock_all_books,
-    )
 
 default_residency = Residency()
 """Memory is the process's, so one object watches all of it unless another is handed in."""

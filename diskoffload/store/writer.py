@@ -34,7 +34,7 @@ from diskoffload.store.stored import (
     stored_tensors,
 )
 from diskoffload.system.files import Files
-from diskoffload.system.memory import tensor_bytes
+from diskoffload.system.memory import elements_overlap, tensor_bytes
 
 # Compression that saves less than a tenth costs more than it gives, and hinders mapping.
 _WORTH_PACKING = 0.9
@@ -316,7 +316,7 @@ def _prepare(ticket: Ticket) -> _Item:
     tensor = ticket.tensor
     assert tensor is not None  # it is released only after it was written
     # Where elements share memory (an expanded tensor), its strides cannot be written through.
-    plainly_laid = tensor.is_contiguous() or torch._debug_has_internal_overlap(tensor)
+    plainly_laid = tensor.is_contiguous() or elements_overlap(tensor)
     strides = None if plainly_laid else tuple(tensor.stride())
     plain = _plain(tensor)
     dtype, shape = plain.dtype, tuple(plain.shape)

@@ -149,6 +149,22 @@ def empty(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     return anonymous(nbytes).tensor(dtype, shape)
 
 
+def elements_overlap(tensor: torch.Tensor) -> bool:
+    """Tell whether some elements of a strided tensor share memory, as an expanded one's do.
+
+    It may say so of layouts that only :func:`torch.as_strided` makes and that do not.
+    """
+    steps = sorted(
+        (step, n) for n, step in zip(tensor.shape, tensor.stride(), strict=True) if n > 1
+    )
+    reach = 0
+    for step, n in steps:
+        if step <= reach:
+            return tensor.numel() > 0
+        reach += (n - 1) * step
+    return False
+
+
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """View a contiguous CPU tensor's bytes; the view keeps its memory alive."""
     if tensor.numel() == 0:

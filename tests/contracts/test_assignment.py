@@ -35,13 +35,15 @@ WEIGHTS = {
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 @torch.no_grad()
-def test_a_parameter_of_any_layout(net: Net, kind: str) -> None:
+def test_a_parameter_of_any_layout(net: Net, way: str, kind: str) -> None:
     plain = make_net()
     for one in (net, plain):
         one.up.weight = P(WEIGHTS[kind]())
     check_same(net, plain)
     mine, theirs = net.up.weight, plain.up.weight
-    assert mine.stride() == theirs.stride()
+    # Torch itself leaves gaps behind when it moves a tensor to another device.
+    if not (way.endswith("elsewhere") and kind in ("every second", "real part")):
+        assert mine.stride() == theirs.stride()
     assert (mine.is_conj(), mine.is_neg()) == (theirs.is_conj(), theirs.is_neg())
     del mine
     if kind != "expanded":  # plain torch refuses to write there, too

@@ -182,7 +182,9 @@ def test_writers_that_torch_does_not_see(net: Net) -> None:
 
 
 @torch.no_grad()
-def test_an_alias_of_what_a_parameter_was_made_from(net: Net) -> None:
+def test_an_alias_of_what_a_parameter_was_made_from(net: Net, way: str) -> None:
+    if way.endswith("elsewhere"):
+        pytest.skip("reading brings the parameter to another device, without its alias")
     raw = torch.ones(64, 16)
     net.up.weight = torch.nn.Parameter(raw)
     left_memory(net)

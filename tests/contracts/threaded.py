@@ -48,10 +48,7 @@ class Shelf:
         diskoffload.offload_module(self.module, onload, "disk", **options)
         self.options = options
         self.residency: Residency = options["residency"]
-        # Where the onload device is spelled "cpu:0" an edit through ``data`` may be lost:
-        # test_findings.py, test_a_view_kept_from_a_module_that_onloads_to_cpu_0.
-        third = "edit" if onload == "cpu" else "update"
-        self.changes = [("update", "assign", third)[entry % 3] for entry in range(count)]
+        self.changes = [("update", "assign", "edit")[entry % 3] for entry in range(count)]
         self.begun = [0] * count
         self.done = [0] * count
 

@@ -137,7 +137,7 @@ class CacheMachine(RuleBasedStateMachine):
     )
     def tie(self, entry: Any, other: Any, how: str) -> None:
         if self.way == "elsewhere" and how != "offloaded":
-            how = "read"  # test_a_view_kept_from_a_module_that_onloads_to_cpu_0
+            how = "read"  # its first read moves it: what was kept of it before stays behind
 
         def action(root: Any) -> None:
             if how == "offloaded":  # what is put in is what stands for the entry
@@ -241,7 +241,7 @@ class CacheMachine(RuleBasedStateMachine):
     @torch.no_grad()
     def read_and_hold(self, entry: Any, form: str) -> None:
         if self.way == "elsewhere":
-            form = "itself"  # test_a_view_kept_from_a_module_that_onloads_to_cpu_0
+            form = "itself"  # its first read moves it: what was kept of it before stays behind
         self.pair.keep(self.pair.both(lambda root: seen_as(at(root, entry), form)))
 
     @rule(which=some, all_of_them=st.booleans())

@@ -282,6 +282,7 @@ def test_a_folder_that_only_a_running_write_needs_ends_in_its_writers_thread(
 ) -> None:
     complaints: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    before = set(threading.enumerate())
     files = Slow()
     folder = Folder(place, files=files, group_bytes=16 * KIB)
     ticket, dropped = put(folder), folder.put("small", torch.ones(3), None)
@@ -292,10 +293,9 @@ def test_a_folder_that_only_a_running_write_needs_ends_in_its_writers_thread(
     del folder
     files.go.set()
     assert finished.wait(60)
-    for thread in threading.enumerate():
-        if thread.name.startswith("diskoffload-writer"):
-            thread.join(60)
-            assert not thread.is_alive()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+        assert not thread.is_alive()
     assert [str(getattr(one, "exc_value", one)) for one in complaints] == []
     assert ticket.stored is not None
     assert same(ticket.stored.load(), torch.full((4 * KIB,), 1.0))
