@@ -9,6 +9,7 @@ from diskoffload.cache.modes import disable_offloading, disable_onloading
 from diskoffload.cache.tracing import release_traced
 from diskoffload.checkpoint.open import open_checkpoint
 from diskoffload.checkpoint.save import save_checkpoint
+from diskoffload.committing import commit, last_commit
 from diskoffload.dispatch import (
     dispatch_model,
     dispatch_with_map,
@@ -23,6 +24,7 @@ from diskoffload.errors import (
     CheckpointError,
     CheckpointMismatchError,
     ClosedError,
+    CommitError,
     DamagedFileError,
     FolderInUseError,
     InvalidInputError,
@@ -47,6 +49,8 @@ from diskoffload.module import (
     update_offload_parameter,
 )
 from diskoffload.plan import Plan
+from diskoffload.reopening import reopen
+from diskoffload.store.commits import Committed
 
 __all__ = [
     "AlreadyOffloadedError",
@@ -55,6 +59,8 @@ __all__ = [
     "CheckpointError",
     "CheckpointMismatchError",
     "ClosedError",
+    "CommitError",
+    "Committed",
     "DamagedFileError",
     "DeviceCache",
     "DiskCache",
@@ -72,6 +78,7 @@ __all__ = [
     "UnsupportedTensorError",
     "align_module_device",
     "align_modules",
+    "commit",
     "disable_offloading",
     "disable_onloading",
     "dispatch_model",
@@ -80,6 +87,7 @@ __all__ = [
     "get_device_map",
     "get_execution_device",
     "get_offloaded_device",
+    "last_commit",
     "offload_model",
     "offload_module",
     "open_checkpoint",
@@ -88,6 +96,7 @@ __all__ = [
     "release_traced",
     "remove_dispatch",
     "remove_module_offload",
+    "reopen",
     "save_checkpoint",
     "set_onload_device",
     "unwrap_offload_forward",

@@ -16,6 +16,7 @@
         +-- FolderInUseError                   another process owns the folder
         +-- OutputExistsError (FileExistsError)  the result's place is taken
         +-- DamagedFileError (ValueError)      not what its format demands
+        +-- CommitError (ValueError)           what was committed is not what is asked for
         +-- CheckpointError (ValueError)       a checkpoint that does not fit
             +-- CheckpointMismatchError        names, shapes or dtypes differ
 
@@ -85,6 +86,10 @@ class OutputExistsError(StorageError, FileExistsError):
 
 class DamagedFileError(StorageError, ValueError):
     """A file breaks the rules of its own format."""
+
+
+class CommitError(StorageError, ValueError):
+    """Nothing was committed, or it belongs to another model, source or run."""
 
 
 class CheckpointError(StorageError, ValueError):

@@ -21,8 +21,8 @@ from diskoffload.errors import (
 )
 from diskoffload.residency.held import (
     Backing,
-    Binding,
     Held,
+    Showing,
     State,
     held_of,
 )
@@ -49,6 +49,7 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
         onload_device: where reads bring tensors; may be set at any time.
         offload_device: where tensors wait, a device or ``"disk"``.
         name: full name of the module in the model, for the names in files; may be empty.
+        born: dtype and shape of what was there when the module was offloaded.
         traced: what compiled code reads, and thereby keeps in memory; see ``cache.tracing``.
     """
 
@@ -107,11 +108,14 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
         """
         made = cls(onload_device, offload_device, **kwargs)
         if isinstance(mapping, OffloadCache):
+            made.born.update(mapping.born)
             for key, held in mapping._held.items():
                 made._take_over(key, held)
             return made
         for key, value in mapping.items():
             made[key] = value
+            if value is not None:
+                made.born[key] = value.dtype, tuple(value.shape)
         return made
 
     def __init__(
@@ -140,6 +144,7 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
             self._check_offload_device(offload_device)
         self.name = name
         self._published: dict[Any, torch.Tensor | None] = {}
+        self.born: dict[Any, tuple[torch.dtype, tuple[int, ...]]] = {}
         self.traced: dict[Any, torch.Tensor | None] = {}
         tracing.register(self)
 
@@ -154,7 +159,7 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
             for key, held in self._held.items():
                 if held is not None:
                     held.unbind(self._published, key)
-                    held.bind(Binding(self._published, key, device))
+                    held.bind(Showing(self._published, key, device))
 
     def _check_offload_device(self, offload_device: Device) -> None:
         if str(offload_device) != str(self.offload_device):
@@ -271,6 +276,7 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadCache:
         """Copy the cache; what is unchanged on disk is read from there, not copied."""
         made = self._like()
+        made.born.update(self.born)
         memo[id(self)] = made
         with self.residency.lock:
             for key, held in self._held.items():
@@ -406,7 +412,7 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
     def _show(self, key: Any, held: Held) -> None:
         with self.residency.lock:
             self._held[key] = held
-            held.bind(Binding(self._published, key, self.onload_device))
+            held.bind(Showing(self._published, key, self.onload_device))
             self.residency.unpark(held)
 
     def _drop(self, key: Any, held: Held | None) -> None:

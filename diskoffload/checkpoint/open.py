@@ -53,12 +53,14 @@ class Binding:
         recipes: by a model tensor's name, how it is made of stored ones.
         shapes: by the same name, the shape that is made.
         converted: what was computed at opening, because it has no recipe.
+        dtype: the one that was asked for, if one was.
     """
 
     checkpoint: Checkpoint
     recipes: Mapping[str, Recipe]
     shapes: Mapping[str, tuple[int, ...]]
     converted: Sequence[Converted]
+    dtype: torch.dtype | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
         return self  # it never changes, and its files are open once
@@ -134,7 +136,7 @@ def open_checkpoint(
     ram = budgets.get("cpu")
     residency = default_residency if ram is None else Residency(parse_bytes(ram))
     folder = _folder_beside(checkpoint, offload_dir)
-    options = _CacheOptions(onload_device, folder, compression, residency, align)
+    options = _CacheOptions(onload_device, folder, compression, residency, align, dtype)
     converted = convert_all(model, checkpoint, found.conversions, folder, compression)
     _bind(model, checkpoint, found, converted, options)
     _log.info(
@@ -172,6 +174,7 @@ class _CacheOptions:
     compression: str | None
     residency: Residency
     align: bool
+    dtype: torch.dtype | None
 
     def cache(self, name: str) -> DiskCache:
         """Make an empty cache for the module of that name."""
@@ -347,4 +350,6 @@ def _bind(
             caches.append(cache)
         attach_caches(module, *caches)
     shapes = {name: tuple(tensors[name].shape) for name in found.recipes}
-    model.__dict__[_BINDING] = Binding(checkpoint, dict(found.recipes), shapes, converted)
+    model.__dict__[_BINDING] = Binding(
+        checkpoint, dict(found.recipes), shapes, converted, options.dtype
+    )

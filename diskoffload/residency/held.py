@@ -84,7 +84,7 @@ class Backing(Protocol):
         """Give back what edits at this place have cost; nobody uses it any more."""
 
 
-class Binding(NamedTuple):
+class Showing(NamedTuple):
     """One place that shows an entry's object: a key of a cache that onloads to a device."""
 
     published: dict[Any, torch.Tensor | None]
@@ -143,7 +143,7 @@ class Held:
         self._lent: weakref.ref[torch.Tensor] | None = None
         self.state = state
         self.ticket: Ticket | None = None
-        self.bindings: list[Binding] = []
+        self.bindings: list[Showing] = []
         self.keepers = 0
         self.place: torch.device | None = None
         self.mates: list[weakref.ref[Held]] | None = None
@@ -251,7 +251,7 @@ class Held:
             view.publish()
         return self.tensor
 
-    def _publish_at(self, binding: Binding) -> None:
+    def _publish_at(self, binding: Showing) -> None:
         if self.is_at(binding.device):
             binding.published[binding.key] = self.tensor
 
@@ -271,7 +271,7 @@ class Held:
         for view in self._laid_views():
             view.unpublish()
 
-    def bind(self, binding: Binding) -> None:
+    def bind(self, binding: Showing) -> None:
         """Add a place that shows the entry."""
         self.bindings.append(binding)
         if self.state is not State.VACANT and self.tensor is not None:

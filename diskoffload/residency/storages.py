@@ -9,6 +9,7 @@ no module shows, which alone is stored, loaded and moved; its views lie wherever
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -50,6 +51,25 @@ class ViewBacking:
         assert self.root.backing is not None  # what is as it is was never tied
         whole = self.root.backing.memory
         return None if whole is None else self.view_of(whole)
+
+    @classmethod
+    def from_description(
+        cls, residency: Onloads, root: Held, described: Mapping[str, Any], dtype: torch.dtype
+    ) -> ViewBacking:
+        """Make the view again that :meth:`described` told of."""
+        shape, strides = described["shape"], described["strides"]
+        view = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+        return cls(residency, root, view, described["offset_bytes"])
+
+    def described(self) -> dict[str, Any]:
+        """Tell which part of the root this is, in words that JSON has."""
+        dtype, shape = self.layout
+        return {
+            "dtype": str(dtype).removeprefix("torch."),
+            "shape": list(shape),
+            "strides": list(self._strides),
+            "offset_bytes": self._offset_bytes,
+        }
 
     @property
     def extent(self) -> tuple[Any, ...]:

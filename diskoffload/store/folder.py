@@ -7,13 +7,17 @@ import os
 import tempfile
 import threading
 import weakref
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from diskoffload.errors import ClosedError, InvalidInputError
+from diskoffload.errors import ClosedError, CommitError, DamagedFileError, InvalidInputError
 from diskoffload.store.codec import codec_named
-from diskoffload.store.lock import Ownership
+from diskoffload.store.commits import Commits, Committed, Entry
+from diskoffload.store.journal import Journal
+from diskoffload.store.lock import Ownership, is_shard_name
 from diskoffload.store.shard import Shard
 from diskoffload.store.writer import Ticket, Writer
 from diskoffload.system.files import Files, memory_file_system
@@ -32,10 +36,13 @@ class Folder:
 
     A shard's file lives as long as a stored tensor of it. Files of others are never
     touched. Without a commit the folder is scratch: nothing of ours stays in it, and a
-    folder that we made goes as well.
+    folder that we made goes as well. What was committed stays, until a later commit no
+    longer refers to it. What a process that died has left goes when the folder is opened.
 
     Attributes:
         path: absolute path.
+        remembered: for who commits: by name, what identifies a value in memory, and the entry
+            of the file that it was committed to.
 
     Thread-safe. After a fork the child neither writes nor removes anything.
     """
@@ -53,6 +60,7 @@ class Folder:
 
         Raises:
             FolderInUseError: another process owns it.
+            DamagedFileError: the record of what was committed in it is damaged.
             StorageError: it cannot be made or locked.
         """
         files = files or Files()
@@ -70,7 +78,19 @@ class Folder:
                 self.path,
                 kind,
             )
+        self._files = files
         self._owner = Ownership(self.path, made, files)
+        self._commits = Commits(Journal(self.path, files))
+        self._commit_lock = threading.Lock()
+        self.remembered: dict[str, tuple[object, Entry]] = {}
+        self._durable: set[str] = set(self._commits.last.shards)
+        self._suspect: set[str] = set()
+        self._committer: weakref.ref[object] | None = None
+        self._reopened: weakref.WeakValueDictionary[str, Shard] = weakref.WeakValueDictionary()
+        self._owner.keep(self._durable)
+        swept = self._owner.sweep()
+        if swept:
+            _log.info("removed %d files that a process that died left in %s", len(swept), self.path)
         if not group_bytes:
             share_bytes = Headroom().available_bytes() // _GROUP_SHARE
             group_bytes = max(_LEAST_GROUP_BYTES, min(_MOST_GROUP_BYTES, share_bytes))
@@ -128,6 +148,93 @@ class Folder:
         """Take no more tensors; those on disk stay readable while they are held."""
         self._end()
 
+    # ------------------------------------------------------------------ commits
+
+    @property
+    def last_commit(self) -> Committed:
+        """What was committed last; its number is 0 if nothing was."""
+        return self._commits.last
+
+    def claim_commits(self, owner: object, *, reopened: bool = False) -> None:
+        """Say whose commits come next; what was committed before stays theirs alone.
+
+        Args:
+            owner: the model.
+            reopened: it was made from the last commit.
+
+        Raises:
+            CommitError: the folder holds the commits of another.
+        """
+        committer = self._committer() if self._committer is not None else None
+        if committer is not owner and not reopened and self.last_commit.number:
+            raise CommitError(
+                f"{self.path} holds commit {self.last_commit.number} of another model or run: "
+                "go on from it with diskoffload.reopen, commit to another offload_dir, or remove "
+                "that one"
+            )
+        self._committer = weakref.ref(owner)
+
+    def owns(self, shard: Shard) -> bool:
+        """Whether a shard is one of this folder's files."""
+        return shard.path.parent == self.path and is_shard_name(shard.path.name)
+
+    def is_suspect(self, shard: Shard) -> bool:
+        """Whether a failed fsync leaves in doubt what of a shard is on the device."""
+        return shard.path.name in self._suspect
+
+    def commit(self, wanted: Committed, shards: Iterable[Shard]) -> Committed:
+        """Make a state durable: first the data, then one record that refers to it.
+
+        Args:
+            wanted: the state; ``shards`` of it need only say what ``shards`` does not.
+            shards: the files of this folder that hold what is new.
+
+        Raises:
+            ClosedError: the folder was closed, or belongs to the parent process.
+            StorageError: not everything could be made durable. The last commit is what it
+                was, nothing of it is removed, and a later call tries again; a file whose
+                fsync failed must be written anew before, see :meth:`is_suspect`.
+        """
+        self.check_open("a commit")
+        with self._commit_lock:
+            new = {shard.path.name: shard for shard in shards}
+            for name in sorted(new.keys() - self._durable):
+                self._make_durable(new[name].path)
+            self._files.sync_folder(self.path)
+            sizes = {
+                name: (shard.header.file_bytes, shard.header_digest) for name, shard in new.items()
+            }
+            # Whatever of the two is on the device after a failure, its files are there.
+            self._owner.keep(self._commits.last.shards.keys() | sizes.keys())
+            made = self._commits.write(replace(wanted, shards={**wanted.shards, **sizes}))
+            self._owner.keep(set(made.shards))
+            return made
+
+    def _make_durable(self, path: Path) -> None:
+        fd = self._files.open_for_reading(path)
+        try:
+            self._files.sync(fd, path)
+        except BaseException:
+            self._suspect.add(path.name)
+            raise
+        finally:
+            self._files.close(fd)
+        self._durable.add(path.name)
+
+    def committed_shard(self, name: str) -> Shard:
+        """Open a file of the last commit, once.
+
+        Raises:
+            DamagedFileError: it is not the file that was committed.
+            StorageError: it cannot be opened.
+        """
+        shard = self._reopened.get(name)
+        if shard is None:
+            shard = open_committed(self.path, name, self._commits.last, self._files)
+            self._owner.adopt(shard)
+            self._reopened[name] = shard
+        return shard
+
     def shards(self) -> list[Shard]:
         """List the shards that exist now, oldest first."""
         return self._owner.shards()
@@ -136,6 +243,23 @@ class Folder:
     def written_groups(self) -> int:
         """How many groups were written so far; it grows when tickets were fulfilled."""
         return self._writer.written_groups
+
+
+def open_committed(folder: Path, name: str, committed: Committed, files: Files) -> Shard:
+    """Open a file that a commit refers to.
+
+    Raises:
+        DamagedFileError: its length or its header is not what was committed.
+        StorageError: it cannot be opened.
+    """
+    size_bytes, digest = committed.shards[name]
+    shard = Shard(folder / name, files)
+    if shard.header.file_bytes != size_bytes or shard.header_digest != digest:
+        raise DamagedFileError(
+            f"{shard.path} is not the file that was committed ({size_bytes} bytes, header "
+            f"{digest}): it has {shard.header.file_bytes} bytes, header {shard.header_digest}"
+        )
+    return shard
 
 
 def _end_writer(writer: Writer, pid: int) -> None:

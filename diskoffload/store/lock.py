@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import re
 import threading
 import uuid
 import weakref
@@ -16,6 +17,7 @@ from diskoffload.system.files import Files
 
 LOCK_NAME = "diskoffload.lock"
 SHARD_PREFIX = "diskoffload-"
+_SHARD_NAME = re.compile(r"diskoffload-[0-9a-f]{8}-[0-9]{5,}\.safetensors(\.partial)?")
 _log = logging.getLogger(__name__)
 
 
@@ -43,6 +45,8 @@ class Ownership:
         fd = files.lock(lock)
         self._shards: weakref.WeakSet[Shard] = weakref.WeakSet()
         self._lock = threading.Lock()
+        # Names of the files that stay when nothing refers to them; the finalizers share it.
+        self._kept: set[str] = set()
         weakref.finalize(self, _give_up, files, self.pid, fd, lock, made)
 
     def next_path(self) -> Path:
@@ -50,12 +54,33 @@ class Ownership:
         return self.path / f"{SHARD_PREFIX}{self._run}-{next(self._numbers):05d}.safetensors"
 
     def adopt(self, shard: Shard) -> None:
-        """Let a shard's file go when nothing in it is referred to any more."""
+        """Let a shard's file go when nothing refers to it any more, unless it is kept then."""
         with self._lock:  # the writer's thread adds while another lists
             self._shards.add(shard)
         shard.rest()
         shard.owner = self
-        weakref.finalize(shard, _remove_shard, self._files, self.pid, shard.path)
+        weakref.finalize(shard, _remove_shard, self._files, self.pid, shard.path, self._kept)
+
+    def keep(self, names: set[str]) -> None:
+        """Have just these files stay; what was kept before goes as soon as nothing uses it.
+
+        Raises:
+            StorageError: one cannot be removed; it stays for a sweep.
+        """
+        released = self._kept - names
+        self._kept |= names
+        self._kept -= released
+        in_use = {shard.path.name for shard in self.shards()}
+        for name in sorted(released - in_use):
+            self._files.remove(self.path / name)
+
+    def sweep(self) -> list[Path]:
+        """Remove what a process that died has left: shards that are neither kept nor in use."""
+        in_use = {shard.path.name for shard in self.shards()}
+        found = [path for path in leftovers(self.path) if path.name not in self._kept | in_use]
+        for path in found:
+            self._files.remove(path)
+        return found
 
     def shards(self) -> list[Shard]:
         """List the shards that are in use, oldest first."""
@@ -63,8 +88,19 @@ class Ownership:
             return sorted(self._shards, key=lambda shard: shard.path.name)
 
 
-def _remove_shard(files: Files, pid: int, path: Path) -> None:
-    if os.getpid() != pid:
+def is_shard_name(name: str) -> bool:
+    """Whether a file of that name is a finished shard of an offload folder."""
+    return _SHARD_NAME.fullmatch(name) is not None and not name.endswith(".partial")
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """List the shards in a folder, whole or begun, by their names; links are nobody's shards."""
+    found = [path for path in folder.iterdir() if _SHARD_NAME.fullmatch(path.name)]
+    return sorted(path for path in found if path.is_file() and not path.is_symlink())
+
+
+def _remove_shard(files: Files, pid: int, path: Path, kept: set[str]) -> None:
+    if os.getpid() != pid or path.name in kept:
         return
     try:
         files.remove(path)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import xxhash
 
 from diskoffload.errors import DamagedFileError, StorageError
 from diskoffload.store.header import LENGTH_BYTES, Header, StoredSpec, header_length, parse_header
@@ -26,6 +27,7 @@ class Shard:
     Attributes:
         path: the file, as it was named.
         header: what it holds.
+        header_digest: xxh3-64 of the header's bytes, in hexadecimal.
         owner: whatever must live as long as the file is in use.
 
     Thread-safe. Tensors keep the mapping alive after the shard is gone.
@@ -60,6 +62,7 @@ class Shard:
         self._files.read_into(self._fd, memoryview(prefix), 0, self.path)
         raw = bytearray(header_length(bytes(prefix), nbytes, str(self.path)))
         self._files.read_into(self._fd, memoryview(raw), LENGTH_BYTES, self.path)
+        self.header_digest = xxhash.xxh3_64_hexdigest(raw)
         return parse_header(bytes(raw), nbytes, str(self.path))
 
     def twin(self) -> Shard:
@@ -70,6 +73,7 @@ class Shard:
         """
         made = Shard.__new__(Shard)
         made.path, made.header, made._identity = self.path, self.header, self._identity
+        made.header_digest = self.header_digest
         made.owner = self
         made._files = self._files
         made._lock = threading.Lock()
@@ -159,6 +163,17 @@ class Shard:
             if not self._is_gone():
                 raise
             target[:] = self.memory.view(spec.offset + start, len(target))
+
+    def read_at(self, offset: int, target: memoryview) -> None:
+        """Read bytes of the file, whatever they are part of."""
+        with self._opened() as fd:
+            self._check_identity(fd)
+            self._files.read_into(fd, target, offset, self.path)
+
+    @property
+    def mtime_ns(self) -> int:
+        """When the file was changed last, as of when it was opened."""
+        return self._identity[3]
 
     def prefetch(self, spec: StoredSpec) -> None:
         """Ask the kernel to read a tensor ahead of its use."""

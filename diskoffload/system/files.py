@@ -115,6 +115,16 @@ class Files:
                     )
                 done += count
 
+    def read(self, path: Path) -> bytes:
+        """Read all of a small file."""
+        fd = self.open_for_reading(path)
+        try:
+            found = bytearray(self.size_bytes(fd, path))
+            self.read_into(fd, memoryview(found), 0, path)
+        finally:
+            self.close(fd)
+        return bytes(found)
+
     def write(self, fd: int, data: memoryview, offset: int, path: Path) -> None:
         """Write all of ``data`` at ``offset``."""
         done = 0

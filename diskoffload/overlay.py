@@ -1,0 +1,137 @@
+"""Put what was committed over what a model was made with."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+
+import torch
+
+from diskoffload.cache.disk import DiskBacking, DiskCache
+from diskoffload.errors import CommitError
+from diskoffload.residency.held import Held
+from diskoffload.residency.resident import Residency
+from diskoffload.residency.storages import ViewBacking
+from diskoffload.store.commits import Entry
+from diskoffload.store.folder import Folder
+from diskoffload.store.stored import Stored, StridedTensor, stored_tensors
+
+
+class Overlay:
+    """Puts what was committed into a model whose tensors are those it was made with."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        folder: Folder,
+        residency: Residency,
+        compression: str | None,
+        align: bool,
+    ) -> None:
+        """Take a model all of whose modules are offloaded to the folder; arguments as theirs."""
+        self._model = model
+        self._folder = folder
+        self._residency = residency
+        self._compression = compression
+        self._align = align
+        self._held: dict[str, Held] = {}
+        self._tensors: dict[str, Mapping[str, Stored]] = {}
+
+    def lay(self, entries: Mapping[str, Entry]) -> None:
+        """Bind every entry; those that refer to others come after them."""
+        others: dict[str, Held] = {}
+        for prefix, module in self._model.named_modules():
+            for mapping in (module._parameters, module._buffers):
+                assert isinstance(mapping, DiskCache)  # it was opened, or attached here
+                for key, held in mapping.held_items():
+                    if held is not None:
+                        others[f"{prefix}.{key}" if prefix else key] = held
+        for name, entry in entries.items():
+            if isinstance(entry["at"], list):
+                self._held[name] = self._stored(name, entry, others.get(name))
+        for name, entry in entries.items():
+            at = entry["at"]
+            if isinstance(at, dict) and "source" in at:
+                self._held[name] = self._known(others, at["source"], name)
+            elif isinstance(at, dict) and "view" in at:
+                self._held[name] = self._view(name, entry)
+        for name, entry in entries.items():
+            at = entry["at"]
+            if isinstance(at, dict) and "tie" in at:
+                tied = self._held.get(at["tie"]) or self._known(others, at["tie"], name)
+                self._held[name] = tied
+        for name, entry in entries.items():
+            if entry["is"] != "root":
+                self._show(name, entry)
+
+    def _known(self, others: Mapping[str, Held], name: str, wanted_for: str) -> Held:
+        if name not in others:
+            raise CommitError(
+                f"the commit in {self._folder.path} says that {wanted_for!r} is {name!r}, which "
+                "neither it nor the model has; build the model as it was"
+            )
+        return others[name]
+
+    def _stored(self, name: str, entry: Entry, before: Held | None) -> Held:
+        file, key = entry["at"]
+        if file not in self._tensors:
+            self._tensors[file] = stored_tensors(self._folder.committed_shard(file))
+        stored: Stored = self._tensors[file][key]
+        if "strides" in entry:
+            stored = StridedTensor(stored, tuple(entry["strides"]))
+        backing = DiskBacking(self._folder, self._compression, stored, align=self._align)
+        meta = torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+        if isinstance(stored, StridedTensor):
+            meta = torch.empty_strided(
+                stored.shape, stored.strides, dtype=stored.dtype, device="meta"
+            )
+        return Held(name, backing, template=_template(meta, entry, before))
+
+    def _view(self, name: str, entry: Entry) -> Held:
+        at = entry["at"]
+        root = self._held[at["view"]]
+        if root.views is None:
+            root.views = weakref.WeakSet()
+        dtype = getattr(torch, at["dtype"])
+        backing = ViewBacking.from_description(self._residency, root, at, dtype)
+        meta = torch.empty_strided(at["shape"], at["strides"], dtype=dtype, device="meta")
+        return Held(name, backing, template=_template(meta, entry, None))
+
+    def _show(self, name: str, entry: Entry) -> None:
+        prefix, _, key = name.rpartition(".")
+        try:
+            module = self._model.get_submodule(prefix)
+        except AttributeError as error:
+            raise CommitError(
+                f"the commit in {self._folder.path} has {name!r} and the model has no module "
+                f"{prefix!r}: it was added after the model was made; add it before reopening"
+            ) from error
+        parameters, buffers = module._parameters, module._buffers
+        assert isinstance(parameters, DiskCache)
+        assert isinstance(buffers, DiskCache)
+        wanted, other = parameters, buffers
+        if entry["is"] != "parameter":
+            wanted, other = buffers, parameters
+        if entry["is"] == "gone":
+            parameters.discard(key)
+            buffers.discard(key)
+            return
+        other.discard(key)
+        if entry["at"] is None:
+            wanted[key] = None
+            return
+        if entry["is"] == "unsaved buffer":
+            module._non_persistent_buffers_set.add(key)
+        else:
+            module._non_persistent_buffers_set.discard(key)
+        wanted.bind_lazily(key, self._held[name])
+
+
+def _template(meta: torch.Tensor, entry: Entry, before: Held | None) -> torch.Tensor:
+    """Make what stands for a tensor that was not read yet, of the class it has in the model."""
+    if entry["is"] != "parameter":
+        return meta
+    made = torch.nn.Parameter(meta, requires_grad=entry["grad"])
+    if before is not None and isinstance(before.offloaded, torch.nn.Parameter):
+        made.__class__ = type(before.offloaded)
+    return made
