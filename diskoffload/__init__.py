@@ -51,6 +51,8 @@ from diskoffload.module import (
 from diskoffload.plan import Plan
 from diskoffload.reopening import reopen
 from diskoffload.store.commits import Committed
+from diskoffload.store.sweeping import sweep
+from diskoffload.verifying import verify
 
 __all__ = [
     "AlreadyOffloadedError",
@@ -99,8 +101,10 @@ __all__ = [
     "reopen",
     "save_checkpoint",
     "set_onload_device",
+    "sweep",
     "unwrap_offload_forward",
     "update_offload_parameter",
+    "verify",
 ]
 
 __version__ = "0.1.0"

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from diskoffload.budget import format_bytes
+from diskoffload.cli_folder import add_folder_commands
 from diskoffload.errors import OffloadError
-from diskoffload.inspect import inspect_path
 from diskoffload.integrations.quantization import SCHEMES
 from diskoffload.quantize import (
     Interrupted,
@@ -61,12 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="diskoffload",
-        description="Quantize and look at models that do not fit in memory.",
+        description="Quantize, look at and check models that do not fit in memory.",
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="say more of what is done")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_quantize(commands)
-    _add_inspect(commands)
+    add_folder_commands(commands)
     return parser
 
 
@@ -115,27 +115,6 @@ def _add_quantize(commands: Any) -> None:
     )
     quantize.add_argument("--json", action="store_true", help="print the result as JSON")
     quantize.set_defaults(run=_quantize)
-
-
-def _add_inspect(commands: Any) -> None:
-    inspect = commands.add_parser(
-        "inspect",
-        help="list the shards and tensors of a folder or file",
-        description="List the safetensors shards of an offload folder, a checkpoint or one file.",
-    )
-    inspect.add_argument("path", metavar="PATH", help="a folder or a safetensors file")
-    inspect.add_argument("--shards", action="store_true", help="list shards without their tensors")
-    inspect.add_argument("--json", action="store_true", help="print everything as JSON")
-    inspect.set_defaults(run=_inspect)
-
-
-def _inspect(options: argparse.Namespace) -> int:
-    found = inspect_path(options.path)
-    if options.json:
-        print(json.dumps(found.as_json(), indent=1))
-    else:
-        print(found.as_table(only_shards=options.shards))
-    return _FAILED if any(shard.fault for shard in found.shards) else 0
 
 
 def _quantize(options: argparse.Namespace) -> int:

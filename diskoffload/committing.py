@@ -15,6 +15,7 @@ from diskoffload.cache.base import OffloadCache
 from diskoffload.cache.disk import DiskBacking, DiskCache
 from diskoffload.checkpoint.fingerprint import fingerprint_of
 from diskoffload.checkpoint.open import Binding, binding_of
+from diskoffload.compacting import leave_dead_files
 from diskoffload.errors import (
     CommitError,
     InvalidInputError,
@@ -22,7 +23,7 @@ from diskoffload.errors import (
     UnsupportedTensorError,
 )
 from diskoffload.residency.held import Held, State
-from diskoffload.residency.resident import current_value
+from diskoffload.residency.resident import Residency, current_value
 from diskoffload.residency.storages import ViewBacking
 from diskoffload.store.commits import Committed, Entry
 from diskoffload.store.folder import Folder
@@ -151,6 +152,7 @@ class _Collection:
                 locks.enter_context(residency.lock)
                 residency.sync(self._goes_here)
             shown = list(_shown(self.model))
+            leave_dead_files(self.folder, self._entries_in_files())
             where = self._where(shown)
             source, names = self._source(last)
             self._describe(shown, where, names)
@@ -179,7 +181,16 @@ class _Collection:
         )
         return made
 
-    def _residencies(self) -> list[Any]:
+    def _entries_in_files(self) -> dict[Held, Residency]:
+        found: dict[Held, Residency] = {}
+        for module in self.model.modules():
+            for cache in (module._parameters, module._buffers):
+                if isinstance(cache, OffloadCache):
+                    held = [one.root for _, one in cache.held_items() if one is not None]
+                    found.update(dict.fromkeys(held, cache.residency))
+        return found
+
+    def _residencies(self) -> list[Residency]:
         found = {
             id(cache.residency): cache.residency
             for module in self.model.modules()
@@ -257,7 +268,7 @@ class _Collection:
         if binding is None:
             return None, set()
         names = set(binding.recipes)
-        if last.source is not None:
+        if last.source is not None and last.source["path"] == str(binding.checkpoint.path):
             return dict(last.source), names
         return source_of(binding), names
 
@@ -281,7 +292,7 @@ class _Collection:
                 root = first.setdefault(id(value.root), root)
                 at: Entry = {"at": {"view": root, **value.backing.described()}}
                 self.entries[one.name] = one.described(at)
-                self.entries[root] = {**self._at(where[id(value.root)]), "is": "root"}
+                self.entries[root] = {**self._root_at(value.root, where), "is": "root"}
                 continue
             found = where[id(value)]
             if not isinstance(found, dict) and not self._is_own(found):
@@ -292,6 +303,11 @@ class _Collection:
             self.entries[one.name] = one.described(self._at(found))
         for name in source_names - {one.name for one in shown}:
             self.entries[name] = {"at": None, "is": "gone"}
+
+    def _root_at(self, root: Held, where: dict[int, Stored | Entry]) -> Entry:
+        found = where[id(root)]
+        in_source = not isinstance(found, dict) and not self._is_own(found)
+        return {"at": {"source": root.name}} if in_source else self._at(found)
 
     def _at(self, found: Stored | Entry) -> Entry:
         if isinstance(found, dict):

@@ -5,6 +5,7 @@ Only headers are read, so it is quick whatever the size, and safe on a folder in
 
 from __future__ import annotations
 
+import stat
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,9 +14,12 @@ from typing import Any
 from diskoffload.budget import format_bytes
 from diskoffload.errors import CheckpointError, OffloadError
 from diskoffload.store.header import FILLER_PREFIX
+from diskoffload.store.json_reader import brief
 from diskoffload.store.shard import Shard
 from diskoffload.store.stored import RAW, EncodedTensor, stored_tensors
-from diskoffload.system.files import Files
+from diskoffload.system.files import Files, naming_faults
+
+_MOST_SHOWN = 120
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class Inspection:
         for shard in self.shards:
             size = format_bytes(shard.file_bytes)
             state = shard.fault or _count(len(shard.tensors), "tensor")
-            lines.append(f"{Path(shard.path).name}  {size}  {state}")
+            lines.append(f"{_shown(Path(shard.path).name)}  {size}  {_printable(state)}")
             if only_shards:
                 continue
             lines.extend(f"  {line}" for line in _rows(shard.tensors))
@@ -126,15 +130,27 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
+def _printable(text: str) -> str:
+    """Escape what would steer a terminal, break a line or fail to print."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _shown(text: str) -> str:
+    """Shorten what a file says: the widest cell is the width of all."""
+    return _printable(text if len(text) <= _MOST_SHOWN else brief(text))
+
+
 def _rows(tensors: list[TensorInfo]) -> list[str]:
     if not tensors:
         return []
     cells = [("name", "dtype", "shape", "size", "offset", "compression")]
     cells += [
         (
-            tensor.name,
+            _shown(tensor.name),
             tensor.dtype,
-            "x".join(map(str, tensor.shape)) or "scalar",
+            _shown("x".join(map(str, tensor.shape)) or "scalar"),
             format_bytes(tensor.stored_bytes),
             str(tensor.offset),
             _packing(tensor),
@@ -166,26 +182,33 @@ def inspect_path(path: Path | str) -> Inspection:
 
     Raises:
         CheckpointError: the path does not exist, or has no safetensors file.
+        StorageError: the path cannot be looked at.
     """
     path = Path(path).expanduser()
-    if path.is_file():
-        found = [path]
-    elif path.is_dir():
-        found = sorted(path.glob("*.safetensors"))
-    else:
-        raise CheckpointError(f"{path} does not exist: give a folder or a safetensors file")
+    with naming_faults("look at", path):
+        if path.is_file():
+            found = [path]
+        elif path.is_dir():
+            found = sorted(path.glob("*.safetensors"))
+        else:
+            raise CheckpointError(f"{path} does not exist: give a folder or a safetensors file")
     if not found:
         raise CheckpointError(f"{path} has no *.safetensors file, so there is nothing to show")
     return Inspection(str(path), [_inspect(one) for one in found])
 
 
 def _inspect(path: Path) -> ShardInfo:
+    file_bytes = 0
     try:
+        with naming_faults("look at", path):
+            status = path.stat()
+        file_bytes = status.st_size
+        if not stat.S_ISREG(status.st_mode):  # opening a named pipe waits for its writer
+            return ShardInfo(str(path), file_bytes, fault=f"{path} is no file")
         shard = Shard(path, Files())
         stored = stored_tensors(shard)
     except OffloadError as error:
-        size = path.stat().st_size if path.exists() else 0
-        return ShardInfo(str(path), size, fault=str(error))
+        return ShardInfo(str(path), file_bytes, fault=str(error))
     tensors = []
     filler = 0
     for name, tensor in stored.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -14,6 +14,7 @@ from diskoffload.residency.resident import Residency
 from diskoffload.residency.storages import ViewBacking
 from diskoffload.store.commits import Entry
 from diskoffload.store.folder import Folder
+from diskoffload.store.shard import Shard
 from diskoffload.store.stored import Stored, StridedTensor, stored_tensors
 
 
@@ -24,11 +25,22 @@ class Overlay:
         self,
         model: torch.nn.Module,
         folder: Folder,
+        shard_of: Callable[[str], Shard],
         residency: Residency,
         compression: str | None,
         align: bool,
     ) -> None:
-        """Take a model all of whose modules are offloaded to the folder; arguments as theirs."""
+        """Take a model all of whose modules are offloaded to the folder.
+
+        Args:
+            model: the model.
+            folder: where its changes go.
+            shard_of: gives a committed file by its name.
+            residency: as of the model's caches.
+            compression: as of the model's caches.
+            align: as of the model's backings.
+        """
+        self._shard_of = shard_of
         self._model = model
         self._folder = folder
         self._residency = residency
@@ -52,8 +64,19 @@ class Overlay:
         for name, entry in entries.items():
             at = entry["at"]
             if isinstance(at, dict) and "source" in at:
-                self._held[name] = self._known(others, at["source"], name)
-            elif isinstance(at, dict) and "view" in at:
+                known = self._known(others, at["source"], name)
+                # A root has the bytes of an entry that becomes a view of it.
+                is_root = entry["is"] == "root"
+                self._held[name] = (
+                    Held(at["source"], known.backing, template=known.offloaded.detach())
+                    if is_root
+                    else known
+                )
+        for name, entry in entries.items():
+            at = entry["at"]
+            if not isinstance(at, dict):
+                continue
+            if "view" in at:
                 self._held[name] = self._view(name, entry)
         for name, entry in entries.items():
             at = entry["at"]
@@ -75,7 +98,7 @@ class Overlay:
     def _stored(self, name: str, entry: Entry, before: Held | None) -> Held:
         file, key = entry["at"]
         if file not in self._tensors:
-            self._tensors[file] = stored_tensors(self._folder.committed_shard(file))
+            self._tensors[file] = stored_tensors(self._shard_of(file))
         stored: Stored = self._tensors[file][key]
         if "strides" in entry:
             stored = StridedTensor(stored, tuple(entry["strides"]))

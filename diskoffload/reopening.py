@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,16 +14,28 @@ from diskoffload.cache.disk import DiskCache
 from diskoffload.checkpoint.fingerprint import check_fingerprint
 from diskoffload.checkpoint.open import open_checkpoint
 from diskoffload.checkpoint.source import Checkpoint
-from diskoffload.errors import AlreadyOffloadedError, CommitError, InvalidInputError, listed
+from diskoffload.errors import (
+    AlreadyOffloadedError,
+    CommitError,
+    InvalidInputError,
+    StorageError,
+    listed,
+)
 from diskoffload.module import attach_caches, is_offloaded
 from diskoffload.overlay import Overlay
 from diskoffload.planning import parse_bytes
 from diskoffload.residency.resident import Residency, default_residency
-from diskoffload.store.commits import Committed
-from diskoffload.store.folder import Folder, open_folders
-from diskoffload.store.journal import JOURNAL_NAME
+from diskoffload.store.commits import Commits, Committed
+from diskoffload.store.folder import Folder, open_committed, open_folders
+from diskoffload.store.journal import JOURNAL_NAME, Journal
+from diskoffload.store.shard import Shard
+from diskoffload.store.stored import stored_tensors
+from diskoffload.system.files import Files
 
 _log = logging.getLogger(__name__)
+Verify = Literal["full", "first_read"]
+# How often a commit that is replaced while it is read is read again.
+_MOST_TRIES = 20
 
 
 def reopen(
@@ -35,6 +47,8 @@ def reopen(
     max_memory: int | str | None = None,
     compression: str | None = None,
     align: bool = False,
+    verify: Verify | None = None,
+    read_only: bool = False,
 ) -> torch.nn.Module:
     """Give a model as it was at the last commit of an offload folder.
 
@@ -51,6 +65,11 @@ def reopen(
         max_memory: bytes for copies in RAM, as of :func:`diskoffload.open_checkpoint`.
         compression: ``None`` or ``"zstd"``, for what is written from now on.
         align: as of :func:`diskoffload.open_checkpoint`.
+        verify: ``"full"`` compares every committed tensor with its checksum now, which reads
+            all of them; ``"first_read"`` each one before it is read first. Journal, headers
+            and lengths are always checked, and what is decoded or copied is always compared.
+        read_only: take what was committed last while another process may own the folder and
+            go on committing; changes go to a temporary folder, and are gone at the end.
 
     Returns:
         The model, every tensor of it offloaded to disk. It owns the folder and the mappings.
@@ -64,16 +83,26 @@ def reopen(
         InvalidInputError: a model is needed and none was given.
         AlreadyOffloadedError: ``model`` is offloaded.
     """
-    folder = _committed_folder(offload_dir)
-    committed = folder.last_commit
+    if verify not in (None, "full", "first_read"):
+        raise InvalidInputError(f'verify is "full", "first_read" or None, not {verify!r}')
+    place = _committed_place(offload_dir)
+    if read_only:
+        folder = Folder()
+        committed, shards = _read_without_lock(place)
+    else:
+        folder = open_folders.at(place)
+        committed = folder.last_commit
+        shards = {name: folder.committed_shard(name) for name in committed.shards}
+    _check_any(committed, place)
+    for shard in shards.values():
+        shard.check_first_reads(verify == "first_read")
+        for tensor in stored_tensors(shard).values() if verify == "full" else ():
+            shard.verify(tensor.spec, tensor.digest)
     options: dict[str, Any] = {"onload_device": onload_device, "compression": compression}
-    for name in committed.shards:
-        folder.committed_shard(name)
     if committed.source is not None:
-        place = _source_of(committed, folder, source)
         dtype = committed.source["dtype"]
         made = open_checkpoint(
-            place,
+            _source_of(committed, place, source),
             model=model,
             offload_dir=folder,
             dtype=None if dtype is None else getattr(torch, dtype),
@@ -85,20 +114,26 @@ def reopen(
         residency: Residency = mine.residency
     else:
         residency = default_residency if max_memory is None else Residency(parse_bytes(max_memory))
-        made = _from_model(committed, folder, model, source, {**options, "residency": residency})
-    Overlay(made, folder, residency, compression, align).lay(committed.entries)
+        made = _from_model(
+            committed,
+            place,
+            model,
+            source,
+            {**options, "residency": residency, "offload_dir": folder},
+        )
+    Overlay(made, folder, shards.__getitem__, residency, compression, align).lay(committed.entries)
     folder.claim_commits(made, reopened=True)
     _log.info(
         "reopened commit %d of %s: %d tensors of its own in %d files",
         committed.number,
-        folder.path,
+        place,
         len(committed.entries),
         len(committed.shards),
     )
     return made
 
 
-def _committed_folder(offload_dir: Path | str) -> Folder:
+def _committed_place(offload_dir: Path | str) -> Path:
     if not isinstance(offload_dir, (str, Path)):
         raise InvalidInputError(f"offload_dir must be a path, not {type(offload_dir).__name__}")
     place = Path(offload_dir).expanduser().absolute()
@@ -107,23 +142,43 @@ def _committed_folder(offload_dir: Path | str) -> Folder:
             f"nothing was committed in {place}: it has no {JOURNAL_NAME}; open the checkpoint "
             "or offload the model anew, and commit it"
         )
-    folder = open_folders.at(place)
-    if not folder.last_commit.number:
+    return place
+
+
+def _check_any(committed: Committed, place: Path) -> None:
+    if not committed.number:
         raise CommitError(
             f"nothing was committed in {place}: its journal has no whole record; open the "
             "checkpoint or offload the model anew, and commit it"
         )
-    return folder
 
 
-def _source_of(committed: Committed, folder: Folder, source: Path | str | None) -> Path:
+def _read_without_lock(place: Path) -> tuple[Committed, dict[str, Shard]]:
+    """Open what was committed last, though its owner may replace it meanwhile."""
+    files = Files()
+    for _ in range(_MOST_TRIES):
+        committed = Commits(Journal(place, files)).last
+        try:
+            shards = {
+                name: open_committed(place, name, committed, files) for name in committed.shards
+            }
+        except StorageError as error:
+            if Commits(Journal(place, files)).last.number == committed.number:
+                raise  # it was not the owner who took it away
+            last_error = error
+            continue
+        return committed, shards  # each keeps its descriptor, and so what its owner removes
+    raise last_error
+
+
+def _source_of(committed: Committed, offload_dir: Path, source: Path | str | None) -> Path:
     """Find the checkpoint that a commit belongs to, and check that it is the one it was."""
     assert committed.source is not None
     before = Path(committed.source["path"])
     place = before if source is None else Path(source).expanduser().absolute()
     if not place.exists():
         raise CommitError(
-            f"the commit in {folder.path} belongs to the checkpoint {place}, which is not there; "
+            f"the commit in {offload_dir} belongs to the checkpoint {place}, which is not there; "
             "name the place it was moved to as source"
         )
     moved_from = before if place != before else None
@@ -133,19 +188,18 @@ def _source_of(committed: Committed, folder: Folder, source: Path | str | None) 
 
 def _from_model(
     committed: Committed,
-    folder: Folder,
+    place: Path,
     model: torch.nn.Module | None,
     source: Path | str | None,
     options: Mapping[str, Any],
 ) -> torch.nn.Module:
     if source is not None:
         raise InvalidInputError(
-            f"the commit in {folder.path} belongs to no checkpoint; leave source={str(source)!r} "
-            "out"
+            f"the commit in {place} belongs to no checkpoint; leave source={str(source)!r} out"
         )
     if model is None:
         raise InvalidInputError(
-            f"the commit in {folder.path} belongs to a model that was built, not opened from a "
+            f"the commit in {place} belongs to a model that was built, not opened from a "
             "checkpoint: build it again (with torch.device('meta'): ...) and give it as model"
         )
     offloaded = [name for name, module in model.named_modules() if is_offloaded(module)]
@@ -154,11 +208,11 @@ def _from_model(
             f"{len(offloaded)} modules of the model are offloaded already, {offloaded[0]!r} among "
             "them; give a plain model, best one built on the meta device"
         )
-    _check_born(committed, folder, model)
+    _check_born(committed, place, model)
     for prefix, module in model.named_modules():
         caches = []
         for mapping in (module._parameters, module._buffers):
-            cache = DiskCache(offload_dir=folder, name=prefix, **options)
+            cache = DiskCache(name=prefix, **options)
             cache.born.update(_layouts(mapping))
             caches.append(cache)
         attach_caches(module, *caches)
@@ -169,7 +223,7 @@ def _layouts(mapping: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, tuple[i
     return {key: (one.dtype, tuple(one.shape)) for key, one in mapping.items() if one is not None}
 
 
-def _check_born(committed: Committed, folder: Folder, model: torch.nn.Module) -> None:
+def _check_born(committed: Committed, place: Path, model: torch.nn.Module) -> None:
     """Refuse a model that is not built as the committed one was."""
     born = committed.born or {}
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -195,6 +249,6 @@ def _check_born(committed: Committed, folder: Folder, model: torch.nn.Module) ->
         faults.append(f"others differ: {listed(differing)}")
     if faults:
         raise CommitError(
-            f"the commit in {folder.path} is not of this model: {'; '.join(faults)}. Build the "
+            f"the commit in {place} is not of this model: {'; '.join(faults)}. Build the "
             "model as it was when it was offloaded"
         )

@@ -189,6 +189,19 @@ class Residency:
                 held.publish()  # readable until it is written; the writer's queue is bounded
             return True
 
+    def vacate_mapped(self, held: Held) -> bool:
+        """Take a file's mapping from beneath an entry, unless something uses it.
+
+        Tell whether nothing lies beneath it now, so that its value may be put elsewhere.
+        """
+        with self.lock:
+            if held.state is State.BENEATH and not held.is_lent and self._withdraw(held):
+                if held.root is not held or held.is_changed():
+                    held.publish()
+                else:
+                    held.vacate()
+            return held.state is State.VACANT
+
     def _withdraw(self, held: Held) -> bool:
         """Hide an entry from readers, unless something uses it."""
         held.unpublish()

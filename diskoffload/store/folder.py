@@ -79,7 +79,7 @@ class Folder:
                 kind,
             )
         self._files = files
-        self._owner = Ownership(self.path, made, files)
+        self._owner = Ownership.taken_by(self, self.path, made, files)
         self._commits = Commits(Journal(self.path, files))
         self._commit_lock = threading.Lock()
         self.remembered: dict[str, tuple[object, Entry]] = {}
@@ -222,17 +222,18 @@ class Folder:
         self._durable.add(path.name)
 
     def committed_shard(self, name: str) -> Shard:
-        """Open a file of the last commit, once.
+        """Open a file of the last commit, with a mapping of its own.
 
         Raises:
             DamagedFileError: it is not the file that was committed.
             StorageError: it cannot be opened.
         """
         shard = self._reopened.get(name)
-        if shard is None:
-            shard = open_committed(self.path, name, self._commits.last, self._files)
-            self._owner.adopt(shard)
-            self._reopened[name] = shard
+        if shard is not None:
+            return shard.twin()  # another model's: it is not to see this one's edits
+        shard = open_committed(self.path, name, self._commits.last, self._files)
+        self._owner.adopt(shard)
+        self._reopened[name] = shard
         return shard
 
     def shards(self) -> list[Shard]:

@@ -72,7 +72,7 @@ class Journal:
 
     def _parsed(self, line: bytes, start: int, number: int) -> Record:
         where = f"{self.path}: record {number} at offset {start}"
-        if line[-1:] != b"\n" or _checksum(line[17:-1]) != line[:16]:
+        if line[-1:] != b"\n" or _checksum(line[17:-1]) + b" " != line[:17]:
             raise DamagedFileError(
                 f"{where} is damaged: its checksum is wrong, and it was not cut off by a crash; "
                 "restore the file from a copy, or remove the folder and begin anew"

@@ -10,6 +10,7 @@ import threading
 import uuid
 import weakref
 from pathlib import Path
+from typing import Protocol
 
 from diskoffload.errors import StorageError
 from diskoffload.store.shard import Shard
@@ -19,6 +20,14 @@ LOCK_NAME = "diskoffload.lock"
 SHARD_PREFIX = "diskoffload-"
 _SHARD_NAME = re.compile(r"diskoffload-[0-9a-f]{8}-[0-9]{5,}\.safetensors(\.partial)?")
 _log = logging.getLogger(__name__)
+
+
+class OwnsFolder(Protocol):
+    """What owns a folder as long as it is open."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it still writes there."""
 
 
 class Ownership:
@@ -38,6 +47,7 @@ class Ownership:
         """
         self.path = path
         self.pid = os.getpid()
+        self._user: weakref.ref[OwnsFolder] | None = None
         self._files = files
         self._run = uuid.uuid4().hex[:8]
         self._numbers = itertools.count(1)
@@ -48,6 +58,29 @@ class Ownership:
         # Names of the files that stay when nothing refers to them; the finalizers share it.
         self._kept: set[str] = set()
         weakref.finalize(self, _give_up, files, self.pid, fd, lock, made)
+
+    @classmethod
+    def taken_by(cls, user: OwnsFolder, path: Path, made: bool, files: Files) -> Ownership:
+        """Lock a folder for an object that writes there.
+
+        What another object of this process, closed or gone by now, has left in use (tensors
+        that are held, an error that is kept) does not lock it out: the two share the right.
+
+        Raises:
+            FolderInUseError: another process, or another open object, owns it.
+            StorageError: it cannot be locked.
+        """
+        key = os.path.realpath(path)
+        with _taking:
+            known = _known.get(key)
+            if known is None or known.pid != os.getpid() or not known._is_free():
+                known = _known[key] = cls(path, made, files)
+            known._user = weakref.ref(user)
+            return known
+
+    def _is_free(self) -> bool:
+        user = self._user() if self._user is not None else None
+        return (user is None or not user.is_open) and (self.path / LOCK_NAME).exists()
 
     def next_path(self) -> Path:
         """Give the path of a new shard; no earlier process can have used it."""
@@ -119,3 +152,8 @@ def _give_up(files: Files, pid: int, fd: int, lock: Path, made: bool) -> None:
         _log.warning("%s", error)
     finally:
         files.close(fd)
+
+
+# A lock is held by the process, so the process must know which ones it holds.
+_known: weakref.WeakValueDictionary[str, Ownership] = weakref.WeakValueDictionary()
+_taking = threading.Lock()

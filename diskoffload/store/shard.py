@@ -12,10 +12,13 @@ import torch
 import xxhash
 
 from diskoffload.errors import DamagedFileError, StorageError
+from diskoffload.store.digests import Checking
 from diskoffload.store.header import LENGTH_BYTES, Header, StoredSpec, header_length, parse_header
 from diskoffload.store.shard_writer import ShardWriter
 from diskoffload.system.files import Files
 from diskoffload.system.memory import Memory, map_file
+
+_STEP_BYTES = 4 << 20
 
 
 class Shard:
@@ -45,6 +48,7 @@ class Shard:
         self._files = files
         self._lock = threading.Lock()
         self._memory: Memory | None = None
+        self._unchecked: set[str] | None = None
         self._fd: int = -1
         self._fd = files.open_for_reading(path)
         try:
@@ -78,6 +82,7 @@ class Shard:
         made._files = self._files
         made._lock = threading.Lock()
         made._memory = None
+        made._unchecked = None if self._unchecked is None else set(self.header.specs)
         made._fd = -1
         if self._fd >= 0:
             made._fd = self._files.duplicate(self._fd, self.path)
@@ -94,7 +99,8 @@ class Shard:
             self._map()
             self._close()
 
-    def _is_gone(self) -> bool:
+    def is_gone(self) -> bool:
+        """Whether the file was removed, and only the mapping, with its edits, has the bytes."""
         return self._fd < 0 and self._memory is not None and not self.path.exists()
 
     @contextmanager
@@ -160,9 +166,39 @@ class Shard:
                 self._files.read_into(fd, target, spec.offset + start, self.path)
         except StorageError:
             # Removed since it was last looked at: in a child, by the parent that owns it.
-            if not self._is_gone():
+            if not self.is_gone():
                 raise
             target[:] = self.memory.view(spec.offset + start, len(target))
+
+    def check_first_reads(self, wanted: bool) -> None:
+        """Have every tensor's bytes compared with its digest before it is mapped first, or not."""
+        self._unchecked = set(self.header.specs) if wanted else None
+
+    def check_first_read(self, spec: StoredSpec, digest: str | None) -> None:
+        """Compare a tensor's bytes with its digest, if that is wanted and was not done yet.
+
+        Raises:
+            DamagedFileError: they are not those that were written.
+        """
+        if self._unchecked is None or spec.name not in self._unchecked:
+            return
+        self.verify(spec, digest)
+        self._unchecked.discard(spec.name)
+
+    def verify(self, spec: StoredSpec, digest: str | None) -> None:
+        """Compare a tensor's bytes in the file with their digest; none is as good as right.
+
+        Raises:
+            DamagedFileError: they are not those that were written.
+            StorageError: they cannot be read.
+        """
+        check = Checking(str(self.path), spec.name, spec.offset, digest)
+        buffer = memoryview(bytearray(min(_STEP_BYTES, spec.nbytes)))
+        for start in range(0, spec.nbytes if digest is not None else 0, _STEP_BYTES):
+            step = buffer[: min(_STEP_BYTES, spec.nbytes - start)]
+            self.read_into(spec, step, start)
+            check.add(step)
+        check.finish()
 
     def read_at(self, offset: int, target: memoryview) -> None:
         """Read bytes of the file, whatever they are part of."""
@@ -189,7 +225,7 @@ class Shard:
 
     def copy_to(self, spec: StoredSpec, writer: ShardWriter, name: str) -> None:
         """Copy a tensor's bytes into a file being written, inside the kernel."""
-        if self._is_gone():
+        if self.is_gone():
             writer.write(name, self.memory.view(spec.offset, spec.nbytes))
             return
         with self._opened() as fd:

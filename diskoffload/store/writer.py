@@ -22,6 +22,7 @@ import xxhash
 
 from diskoffload.errors import UnsupportedTensorError
 from diskoffload.store.codec import codec_named
+from diskoffload.store.digests import DIGESTS_KEY, digests_as_text, digests_to_come
 from diskoffload.store.header import DTYPE_NAMES, FILLER_PREFIX, METADATA_KEY, Planned
 from diskoffload.store.shard import Shard
 from diskoffload.store.shard_writer import ShardWriter
@@ -223,6 +224,7 @@ class Writer:
             key: item.encoding for key, item in zip(keys, items, strict=True) if item.encoding
         }
         metadata = {ENCODING_KEY: json.dumps(encodings)} if encodings else {}
+        metadata[DIGESTS_KEY] = digests_to_come(keys)
         planned: list[Planned] = [
             (key, item.dtype, item.shape) for key, item in zip(keys, items, strict=True)
         ]
@@ -231,6 +233,8 @@ class Writer:
             for key, item, ticket in zip(keys, items, group, strict=True):
                 item.write(writer, key)
                 ticket.digest = item.digest
+            digests = {key: item.stored_digest for key, item in zip(keys, items, strict=True)}
+            writer.describe({**metadata, DIGESTS_KEY: digests_as_text(digests)})
             writer.publish(durable=False)
         try:
             shard = Shard(path, self._files)
@@ -291,15 +295,18 @@ class _Item:
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None
     encoding: dict[str, object] | None
-    digest: bytes = b""
+    digest: bytes = b""  # of the value
+    stored_digest: bytes = b""  # of the bytes in the file
 
     def write(self, writer: ShardWriter, key: str) -> None:
         if self.plain is None:
-            start = 0
+            start, digest = 0, xxhash.xxh3_128()
             for chunk in self.packed:
+                digest.update(chunk)
                 writer.write_part(key, memoryview(chunk), start)
                 start += len(chunk)
             writer.finish_parts(key)
+            self.stored_digest = digest.digest()
             return
         # The digest is of the very bytes that are written, whatever else writes to the tensor.
         digest = xxhash.xxh3_128()
@@ -309,7 +316,7 @@ class _Item:
             digest.update(step)
             writer.write_part(key, memoryview(step), start)
         writer.finish_parts(key)
-        self.digest = digest.digest()
+        self.digest = self.stored_digest = digest.digest()
 
 
 def _prepare(ticket: Ticket) -> _Item:

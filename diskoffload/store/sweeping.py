@@ -1,0 +1,86 @@
+"""Find and remove what processes that died have left on disk, and only what is ours."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from diskoffload.errors import FolderInUseError, StorageError
+from diskoffload.store.commits import Commits
+from diskoffload.store.journal import JOURNAL_NAME, NEW_SUFFIX, Journal
+from diskoffload.store.lock import LOCK_NAME, leftovers
+from diskoffload.system.files import Files
+
+# What tempfile makes of the prefix that folders without a name of their own get.
+_TEMPORARY = re.compile(r"diskoffload-[a-z0-9_]{8}")
+
+
+@dataclass(frozen=True)
+class Left:
+    """A file that nobody needs any more.
+
+    Attributes:
+        path: the file.
+        nbytes: its length.
+    """
+
+    path: Path
+    nbytes: int
+
+
+def sweep(path: Path | str, *, dry_run: bool = False) -> list[Left]:
+    """Remove what dead processes left in an offload folder, or in temporary ones inside it.
+
+    Only files of our own making go: shards that no commit refers to, begun ones, locks that
+    nobody holds. What was committed stays, and so does every file of others, and any folder
+    that a process is using. A temporary folder that is empty then goes too.
+
+    Args:
+        path: an offload folder, or a place where temporary ones are made (``/tmp``).
+        dry_run: remove nothing.
+
+    Returns:
+        What was, or would be, removed.
+
+    Raises:
+        StorageError: the path is no folder, or a file cannot be removed.
+        FolderInUseError: a process is using the folder.
+        DamagedFileError: the folder's journal is damaged, so it is not known what to keep.
+    """
+    place = Path(path).expanduser().absolute()
+    if not place.is_dir():
+        raise StorageError(f"{place} is no folder: name an offload folder, or where they are made")
+    files = Files()
+    found = _sweep_one(place, files, dry_run=dry_run)
+    for inner in sorted(place.iterdir()):
+        if _TEMPORARY.fullmatch(inner.name) and inner.is_dir() and not inner.is_symlink():
+            try:
+                found += _sweep_one(inner, files, dry_run=dry_run)
+                if not dry_run:
+                    files.remove_folder_if_empty(inner)
+            except FolderInUseError:
+                continue
+    return found
+
+
+def _sweep_one(folder: Path, files: Files, *, dry_run: bool) -> list[Left]:
+    lock = folder / LOCK_NAME
+    ours = [*leftovers(folder), folder / (JOURNAL_NAME + NEW_SUFFIX)]
+    if not lock.exists() and not any(path.exists() for path in ours):
+        return []
+    had_lock = lock.exists()
+    fd = files.lock(lock)
+    try:
+        kept = Commits(Journal(folder, files)).last.shards
+        unneeded = [path for path in ours if path.exists() and path.name not in kept]
+        found = [Left(path, path.stat().st_size) for path in unneeded]
+        if had_lock:
+            found.append(Left(lock, 0))
+        for path in () if dry_run else unneeded:
+            files.remove(path)
+    finally:
+        if not dry_run or not had_lock:
+            files.remove(lock)
+        files.close(fd)
+    return found
