@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +26,13 @@ from diskoffload.errors import (
 from diskoffload.residency.held import Held, State
 from diskoffload.residency.resident import Residency, current_value
 from diskoffload.residency.storages import ViewBacking
-from diskoffload.store.commits import Committed, Entry
+from diskoffload.store.commits import Commits, Committed, Entry
 from diskoffload.store.folder import Folder
+from diskoffload.store.journal import Journal
 from diskoffload.store.shard import Shard
 from diskoffload.store.stored import EncodedTensor, ShardTensor, Stored, StridedTensor
 from diskoffload.store.writer import Ticket, digest_of
+from diskoffload.system.files import Files
 
 _log = logging.getLogger(__name__)
 _Value = Held | torch.Tensor
@@ -76,14 +79,20 @@ def commit(model: torch.nn.Module, note: Any = None) -> Committed:
     return _Collection(model, folder).commit(note)
 
 
-def last_commit(model: torch.nn.Module) -> Committed:
-    """Tell what of a model was committed last; its number is 0 if nothing was.
+def last_commit(where: torch.nn.Module | Path | str) -> Committed:
+    """Tell what was committed last; its number is 0 if nothing was.
+
+    Args:
+        where: a model, or an offload folder, which may be in use or not be there at all.
 
     Raises:
         NotOffloadedError: nothing of the model is offloaded to disk.
         InvalidInputError: its modules are offloaded to several folders.
+        DamagedFileError: the folder's journal is damaged.
     """
-    return _folder_of(model).last_commit
+    if isinstance(where, torch.nn.Module):
+        return _folder_of(where).last_commit
+    return Commits(Journal(Path(where).expanduser().absolute(), Files())).last
 
 
 def _folder_of(model: torch.nn.Module) -> Folder:
@@ -119,8 +128,8 @@ class _Shown:
     def described(self, entry: Entry) -> Entry:
         if not self.is_parameter:
             return {**entry, "is": "buffer" if self.persistent else "unsaved buffer"}
-        tensor = self.value.offloaded if isinstance(self.value, Held) else self.value
-        return {**entry, "is": "parameter", "grad": tensor is not None and tensor.requires_grad}
+        grad = self.value is not None and self.value.requires_grad
+        return {**entry, "is": "parameter", "grad": grad}
 
 
 def _shown(model: torch.nn.Module) -> Iterator[_Shown]:
@@ -144,13 +153,14 @@ class _Collection:
     shards: dict[str, Shard] = field(default_factory=dict)
     reused: set[str] = field(default_factory=set)
     keys: dict[str, object] = field(default_factory=dict)
+    unchanged: set[Held] = field(default_factory=set)
 
     def commit(self, note: Any) -> Committed:
         last = self.folder.last_commit
         with ExitStack() as locks:
             for residency in self._residencies():
                 locks.enter_context(residency.lock)
-                residency.sync(self._goes_here)
+                self.unchanged |= residency.sync(self._goes_here)
             shown = list(_shown(self.model))
             leave_dead_files(self.folder, self._entries_in_files())
             where = self._where(shown)
@@ -231,7 +241,9 @@ class _Collection:
         """Tell where a value is; if it is in no file that a commit may name, have it written."""
         tensor: torch.Tensor | None = value if isinstance(value, torch.Tensor) else None
         if isinstance(value, Held):
-            backing, tensor = current_value(value)
+            backing, tensor = value.backing, None
+            if value not in self.unchanged:
+                backing, tensor = current_value(value)
             if isinstance(backing, DiskBacking) and backing.stored is not None:
                 stored = backing.stored
                 doubtful = any(self.folder.is_suspect(shard) for shard in stored.shards)

@@ -413,6 +413,25 @@ class Held:
             return moved or self.backing.was_edited(self.tensor)
         return digest_of(self.tensor) != self._digest
 
+    def mapped_span(self) -> tuple[int, int] | None:
+        """Give the addresses from and to which it lies on its file, just as it was laid there."""
+        tensor, backing = self._object, self.backing
+        if self.state is not State.BENEATH or tensor is None or backing is None:
+            return None
+        if backing.memory is not None or backing.root is not None or tensor.is_meta:
+            return None
+        address, layout = tensor.data_ptr(), (tensor.dtype, tuple(tensor.shape))
+        as_laid = (address, layout) == (self._address, backing.layout)
+        if not as_laid or tensor.stride() != self._strides:
+            return None
+        return address, address + tensor.numel() * tensor.dtype.itemsize
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the object takes part in training, now or once it is made."""
+        shown = self.tensor if self.tensor is not None else self._template
+        return shown is not None and shown.requires_grad
+
     def is_stored(self) -> bool:
         """Whether the write under way has ended and stored what the object holds now."""
         ticket = self.ticket

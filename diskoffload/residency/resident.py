@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 from diskoffload.errors import ClosedError
+from diskoffload.residency.edits import unedited
 from diskoffload.residency.forking import quiesce_at_fork
 from diskoffload.residency.held import Backing, Held, State
 from diskoffload.residency.objects import is_ours_to_move
@@ -380,11 +381,14 @@ class Residency:
                 self._arrived.append(weakref.ref(held))
                 self._storages.note(held)
 
-    def sync(self, selects: Callable[[Held], bool]) -> None:
+    def sync(self, selects: Callable[[Held], bool]) -> set[Held]:
         """Write what was changed in any way, and return when it is written.
 
         Args:
             selects: which entries are meant.
+
+        Returns:
+            Those of them that were seen to lie on their file unchanged.
 
         Raises:
             ClosedError: a folder that changes belong in was closed.
@@ -394,7 +398,10 @@ class Residency:
         with self.lock:
             known = [held for held in list(self._known) if not held.is_lent]
             chosen = [held for held in known if selects(held)]
+            same = unedited(chosen)
             for held in chosen:
+                if held in same:
+                    continue
                 ticket = held.ticket
                 lost = ticket is None or ticket.cancelled
                 late = ticket is not None and ticket.stored is not None and not held.is_stored()
@@ -407,6 +414,7 @@ class Residency:
                 self._write_back(held)
             _flush(older)
             self._settle()
+            return same
 
 
 def _flush(entries: list[Held]) -> None:

@@ -17,7 +17,7 @@ from diskoffload.errors import ClosedError, CommitError, DamagedFileError, Inval
 from diskoffload.store.codec import codec_named
 from diskoffload.store.commits import Commits, Committed, Entry
 from diskoffload.store.journal import Journal
-from diskoffload.store.lock import Ownership, is_shard_name
+from diskoffload.store.lock import Ownership
 from diskoffload.store.shard import Shard
 from diskoffload.store.writer import Ticket, Writer
 from diskoffload.system.files import Files, memory_file_system
@@ -176,7 +176,10 @@ class Folder:
 
     def owns(self, shard: Shard) -> bool:
         """Whether a shard is one of this folder's files."""
-        return shard.path.parent == self.path and is_shard_name(shard.path.name)
+        owner = shard.owner
+        while isinstance(owner, Shard):  # a twin's is the shard that it was made from
+            owner = owner.owner
+        return owner is self._owner
 
     def is_suspect(self, shard: Shard) -> bool:
         """Whether a failed fsync leaves in doubt what of a shard is on the device."""
