@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from diskoffload.cache.base import OffloadCache
-from diskoffload.cache.disk import DiskBacking, DiskCache
+from diskoffload.cache.compacting import leave_dead_files
+from diskoffload.cache.disk import DiskCache
+from diskoffload.cache.disk_backing import DiskBacking
 from diskoffload.checkpoint.fingerprint import fingerprint_of
 from diskoffload.checkpoint.open import Binding, binding_of
-from diskoffload.compacting import leave_dead_files
 from diskoffload.errors import (
     CommitError,
     InvalidInputError,

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from diskoffload.cache.disk import DiskBacking, DiskCache
+from diskoffload.cache.disk import DiskCache
+from diskoffload.cache.disk_backing import DiskBacking
 from diskoffload.errors import CommitError
 from diskoffload.residency.held import Held
 from diskoffload.residency.resident import Residency

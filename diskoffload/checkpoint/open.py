@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from diskoffload.cache.base import Device
-from diskoffload.cache.disk import DiskBacking, DiskCache
+from diskoffload.cache.disk import DiskCache
+from diskoffload.cache.disk_backing import DiskBacking
 from diskoffload.cache.ram import RamBacking
 from diskoffload.checkpoint.converted import Converted, convert_all
 from diskoffload.checkpoint.source import Checkpoint

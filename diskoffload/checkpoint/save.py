@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from diskoffload.cache.base import OffloadCache
-from diskoffload.cache.disk import DiskBacking
+from diskoffload.cache.disk_backing import DiskBacking
 from diskoffload.checkpoint.converted import Converted, Reverted, in_dtype
 from diskoffload.checkpoint.layout import lay_out
 from diskoffload.checkpoint.open import Binding, binding_of

@@ -84,6 +84,11 @@ class Residency:
         with self.lock:
             return [held for held in self._known if held.bindings]
 
+    def known(self) -> list[Held]:
+        """List every entry whose books are kept, roots of views and stand-ins' own included."""
+        with self.lock:
+            return [held for held in self._known if not held.is_lent]
+
     # ------------------------------------------------------------------ reading
 
     def onload(self, held: Held, device: torch.device) -> torch.Tensor:
@@ -396,8 +401,7 @@ class Residency:
                 again.
         """
         with self.lock:
-            known = [held for held in list(self._known) if not held.is_lent]
-            chosen = [held for held in known if selects(held)]
+            chosen = [held for held in self.known() if selects(held)]
             same = unedited(chosen)
             for held in chosen:
                 if held in same:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from diskoffload.cli import main
 from diskoffload.errors import CommitError, DamagedFileError, FolderInUseError
 from diskoffload.inspect import inspect_path
 from diskoffload.residency.resident import Residency
+from diskoffload.store.folder import Folder
 
 
 def flip(path: Path, offset: int) -> None:
@@ -225,6 +227,28 @@ def test_garbage_is_bounded(tmp_path: Path) -> None:
     del net, module, part
     names_in(tmp_path / "off")
     check_values(diskoffload.reopen(tmp_path / "off", model=bare(), verify="full"), expected)
+
+
+def test_garbage_is_bounded_without_commits(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "off", group_bytes=8 << 20)
+    net = torch.nn.Sequential(*[torch.nn.Linear(512, 512, bias=False) for _ in range(12)])
+    residency = Residency()
+    for name, module in net.named_modules():
+        diskoffload.offload_module(
+            module, "cpu", "disk", offload_dir=folder, name=name, residency=residency
+        )
+    choose = random.Random(0)
+    most = 0
+    for number in range(150):  # the last one is never replaced, and keeps its file
+        part: Any = net[choose.randrange(11)]
+        part.weight = torch.nn.Parameter(torch.full((512, 512), float(number)))
+        files = [path.stat() for path in (tmp_path / "off").iterdir()]
+        most = max(most, sum(one.st_size for one in files))
+    live = 12 << 20
+    # What is alive, as much garbage, what was written since the last look, a group on its way.
+    assert most < 3 * live + (16 << 20)
+    folder.flush()
+    del net, module, part
 
 
 def test_a_mapped_tensor_is_not_compacted_away(tmp_path: Path) -> None:

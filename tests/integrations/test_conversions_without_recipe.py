@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import conversion_mapping, core_model_loading
 
 import diskoffload
-from diskoffload.cache.disk import DiskBacking
+from diskoffload.cache.disk_backing import DiskBacking
 
 STORED = ("mlp.up_proj.direction", "mlp.up_proj.length")
 MADE = "mlp.up_proj.weight"

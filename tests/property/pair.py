@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import diskoffload
-from diskoffload.cache.disk import DiskBacking
+from diskoffload.cache.disk_backing import DiskBacking
 from diskoffload.residency.held import State
 from diskoffload.residency.resident import Residency, current_value
 from diskoffload.store.folder import Folder

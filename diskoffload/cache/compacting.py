@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diskoffload.cache.disk import DiskBacking
+from diskoffload.cache.disk_backing import DiskBacking
 from diskoffload.residency.held import Held
 from diskoffload.residency.resident import Residency
 from diskoffload.store.compaction import is_mostly_dead
@@ -53,11 +53,17 @@ def leave_dead_files(folder: Folder, entries: Mapping[Held, Residency]) -> int:
     ]
     movable = [group for group in dead if all(entries[held].vacate_mapped(held) for held in group)]
     tickets: list[tuple[Held, Ticket]] = []
-    for held in [held for group in movable for held in group]:
-        backing: Any = held.backing
-        tickets.append((held, folder.put(held.name, backing.stored.load(), backing.compression)))
-    if tickets:
-        folder.flush()
+    try:
+        for held in [held for group in movable for held in group]:
+            backing: Any = held.backing
+            value = backing.stored.load()
+            tickets.append((held, folder.put(held.name, value, backing.compression)))
+        if tickets:
+            folder.flush()
+    except BaseException:
+        for _, ticket in tickets:
+            ticket.cancel()
+        raise
     for held, ticket in tickets:
         assert held.backing is not None  # it is vacant, so its value is there
         held.backing = held.backing.succeed(ticket)
