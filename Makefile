@@ -8,18 +8,20 @@ TORCH ?= torch
 CHECKPOINT ?=
 DEMO_DIR ?= demo-data
 SIZE ?= 3GB
+FUZZ_SECONDS ?= 600
 
 PIP := "$(VENV)/bin/python" -m pip --disable-pip-version-check -qq install
 BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv demo lint test test-slow clean torch-wanted
+.PHONY: help venv demo lint test test-slow fuzz clean torch-wanted
 
 help:
 	@echo "make demo       open and quantize a 3 GB checkpoint in a third of its size of memory"
 	@echo "make test       lint, check the types, run the default tests"
 	@echo "make test-slow  run the tests that take long"
+	@echo "make fuzz       feed made-up files to the readers for FUZZ_SECONDS=$(FUZZ_SECONDS), guided by atheris"
 	@echo "make venv       only make the virtual environment, without the package"
 	@echo "make clean      remove the virtual environment and caches (not $(DEMO_DIR))"
 	@echo
@@ -61,6 +63,9 @@ test: lint
 # Status 5 means that no test is marked slow.
 test-slow: $(VENV)/.installed-test
 	"$(BIN)/python" -m pytest -m slow || [ $$? -eq 5 ]
+
+fuzz: $(VENV)/.installed-fuzz
+	"$(BIN)/python" tools/fuzz.py --seconds "$(FUZZ_SECONDS)"
 
 clean:
 	@if [ -e "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi

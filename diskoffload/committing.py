@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -38,6 +40,8 @@ from diskoffload.system.files import Files
 _log = logging.getLogger(__name__)
 _Value = Held | torch.Tensor
 
+_turns: weakref.WeakKeyDictionary[Folder, threading.Lock] = weakref.WeakKeyDictionary()
+_making_turns = threading.Lock()
 # How often a tensor that another thread keeps changing is written before it is given up.
 _MOST_TRIES = 3
 
@@ -70,14 +74,22 @@ def commit(model: torch.nn.Module, note: Any = None) -> Committed:
             cause is gone the next call commits everything.
 
     Thread-safe; other threads wait while values are collected, not while they are written.
+    Commits to one folder wait for each other: the later one has what the earlier one has.
     """
     folder = _folder_of(model)
     try:
         note = json.loads(json.dumps(note))
     except (TypeError, ValueError) as error:
         raise InvalidInputError(f"the note cannot be written as JSON: {error}") from error
-    folder.claim_commits(model)
-    return _Collection(model, folder).commit(note)
+    folder.check_open("a commit")  # in a child of a fork the turn may be taken for ever
+    with _turn(folder):
+        folder.claim_commits(model)
+        return _Collection(model, folder).commit(note)
+
+
+def _turn(folder: Folder) -> threading.Lock:
+    with _making_turns:
+        return _turns.setdefault(folder, threading.Lock())
 
 
 def last_commit(where: torch.nn.Module | Path | str) -> Committed:
@@ -132,6 +144,10 @@ class _Shown:
         grad = self.value is not None and self.value.requires_grad
         return {**entry, "is": "parameter", "grad": grad}
 
+    def is_frozen(self, dtype: torch.dtype) -> bool:
+        can_train = self.is_parameter and (dtype.is_floating_point or dtype.is_complex)
+        return can_train and self.value is not None and not self.value.requires_grad
+
 
 def _shown(model: torch.nn.Module) -> Iterator[_Shown]:
     for prefix, module in model.named_modules():
@@ -153,7 +169,7 @@ class _Collection:
     entries: dict[str, Entry] = field(default_factory=dict)
     shards: dict[str, Shard] = field(default_factory=dict)
     reused: set[str] = field(default_factory=set)
-    keys: dict[str, object] = field(default_factory=dict)
+    keys: dict[str, tuple[object, ...]] = field(default_factory=dict)
     unchanged: set[Held] = field(default_factory=set)
 
     def commit(self, note: Any) -> Committed:
@@ -168,7 +184,7 @@ class _Collection:
             source, names = self._source(last)
             self._describe(shown, where, names)
             values = {one.name: root for one in shown for root in _roots(one.value)}
-            remembered = {
+            remembered: dict[str, tuple[object, Entry]] = {
                 name: (key, self._at(where[id(values[name])])) for name, key in self.keys.items()
             }
         born = last.born
@@ -182,7 +198,7 @@ class _Collection:
             born=born,
         )
         made = self.folder.commit(wanted, self.shards.values())
-        self.folder.remembered.update(remembered)
+        self.folder.remembered = remembered  # older ones may be in files that are gone now
         _log.info(
             "commit %d of %s: %d tensors in %d files",
             made.number,
@@ -229,9 +245,12 @@ class _Collection:
                 return where
             self.folder.flush()
             waiting = [pair for pair in waiting if id(pair[0]) in tickets]
-            for key, ticket in tickets.items():
+            for value, name in waiting:
+                ticket = tickets[id(value)]
                 if ticket.stored is not None:
-                    where[key] = ticket.stored
+                    where[id(value)] = ticket.stored
+                    # It may have been edited meanwhile; what counts is what was written.
+                    self.keys[name] = (ticket.digest, *self.keys[name][1:])
             waiting = [pair for pair in waiting if id(pair[0]) not in where]
         raise CommitError(
             f"could not commit to {self.folder.path}: {waiting[0][1]!r} was not written though the "
@@ -280,7 +299,7 @@ class _Collection:
         binding = binding_of(self.model)
         if binding is None:
             return None, set()
-        names = set(binding.recipes)
+        names = {*binding.recipes, *_born_names(self.model)}
         if last.source is not None and last.source["path"] == str(binding.checkpoint.path):
             return dict(last.source), names
         return source_of(binding), names
@@ -310,7 +329,8 @@ class _Collection:
             found = where[id(value)]
             if not isinstance(found, dict) and not self._is_own(found):
                 assert isinstance(value, Held)  # only entries lie in the source
-                if value.name != one.name:
+                # Without an entry it is as the source says, and can be trained.
+                if value.name != one.name or one.is_frozen(found.dtype):
                     self.entries[one.name] = one.described({"at": {"source": value.name}})
                 continue
             self.entries[one.name] = one.described(self._at(found))
@@ -371,6 +391,16 @@ def _has_value(tensor: torch.Tensor) -> bool:
     return not tensor.is_meta and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
+def _born_names(model: torch.nn.Module) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return {
+        f"{prefix}.{key}" if prefix else key: layout
+        for prefix, module in model.named_modules()
+        for cache in (module._parameters, module._buffers)
+        if isinstance(cache, OffloadCache)
+        for key, layout in cache.born.items()
+    }
+
+
 def _born(model: torch.nn.Module, shown: list[_Shown]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Give dtype and shape of every tensor as it was offloaded; of plain modules, as it is."""
     layouts = {
@@ -378,11 +408,7 @@ def _born(model: torch.nn.Module, shown: list[_Shown]) -> dict[str, tuple[str, t
         for one in shown
         if isinstance(one.value, torch.Tensor)
     }
-    for prefix, module in model.named_modules():
-        for cache in (module._parameters, module._buffers):
-            if isinstance(cache, OffloadCache):
-                for key, layout in cache.born.items():
-                    layouts[f"{prefix}.{key}" if prefix else key] = layout
+    layouts.update(_born_names(model))
     return {
         name: (str(dtype).removeprefix("torch."), shape) for name, (dtype, shape) in layouts.items()
     }

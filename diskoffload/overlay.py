@@ -84,6 +84,8 @@ class Overlay:
             if isinstance(at, dict) and "tie" in at:
                 tied = self._held.get(at["tie"]) or self._known(others, at["tie"], name)
                 self._held[name] = tied
+        for held in others.values():
+            _train(held, True)  # what is frozen has an entry
         for name, entry in entries.items():
             if entry["is"] != "root":
                 self._show(name, entry)
@@ -148,7 +150,17 @@ class Overlay:
             module._non_persistent_buffers_set.add(key)
         else:
             module._non_persistent_buffers_set.discard(key)
+        if entry["is"] == "parameter":
+            _train(self._held[name], entry["grad"])
         wanted.bind_lazily(key, self._held[name])
+
+
+def _train(held: Held, wanted: bool) -> None:
+    standin = held.offloaded
+    if isinstance(standin, torch.nn.Parameter) and (
+        standin.is_floating_point() or standin.is_complex()
+    ):
+        standin.requires_grad_(wanted)
 
 
 def _template(meta: torch.Tensor, entry: Entry, before: Held | None) -> torch.Tensor:

@@ -25,6 +25,7 @@ from diskoffload.errors import (
 )
 from diskoffload.integrations.quantization import Scheme, already_quantized, scheme_named
 from diskoffload.integrations.quantization_targets import Targets, find_targets
+from diskoffload.quantize.note import NOTE_NAME
 from diskoffload.store.header import Planned
 from diskoffload.store.stored import ShardTensor
 from diskoffload.system.files import Files
@@ -133,7 +134,8 @@ def prepare(
     scheme = scheme_named(scheme_name)
     dtype_name = None if dtype is None else _dtype_name(dtype)
     target = Path(out).expanduser().resolve()
-    check_output(target, overwrite=False)
+    if not (target / NOTE_NAME).exists():  # one that was killed at its last step has a note
+        check_output(target, overwrite=False)
     max_shard_bytes = parse_bytes(max_shard_size)
     checkpoint = Checkpoint(source)
     if target == checkpoint.folder:

@@ -8,9 +8,9 @@ written once, into ``OUT.partial``, which becomes ``OUT`` at the end.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,15 @@ from typing import Any
 import torch
 
 from diskoffload.budget import format_bytes
-from diskoffload.checkpoint.publish import check_space, copy_side_files, write_text
-from diskoffload.checkpoint.source import CONFIG_NAME
+from diskoffload.checkpoint.publish import check_output, check_space
 from diskoffload.errors import StorageError
 from diskoffload.progress import byte_bar
-from diskoffload.quantize.config import config_of_result
 from diskoffload.quantize.convert import copy_in_dtype, load_in_dtype
+from diskoffload.quantize.finish import finish
+from diskoffload.quantize.lock import FolderLock
+from diskoffload.quantize.note import NOTE_NAME
 from diskoffload.quantize.plan import Job, QuantizePlan, prepare
-from diskoffload.quantize.state import State
+from diskoffload.quantize.state import SHARD_METADATA, State
 from diskoffload.store.shard_writer import ShardWriter
 from diskoffload.store.stored import EncodedTensor, ShardTensor
 from diskoffload.system.memory import tensor_bytes
@@ -68,7 +69,8 @@ def quantize_checkpoint(
 
     The arithmetic and the format are compressed-tensors', so transformers and vLLM load the
     result. Every weight of a linear layer is quantized, those of a mixture's experts
-    included. An interrupted run leaves ``OUT.partial``; the same call goes on from there.
+    included. An interrupted, failed or killed run leaves ``OUT.partial``; the same call goes on
+    from there, to the same bytes.
 
     Args:
         source: a checkpoint's folder; only read.
@@ -91,31 +93,61 @@ def quantize_checkpoint(
         InvalidInputError: an unknown scheme, a pattern that cannot be read, a ``dtype`` that
             is none of the three.
         CheckpointError: the source is none, or is quantized already.
-        OutputExistsError: ``out`` is taken, or ``OUT.partial`` is of another job.
+        OutputExistsError: ``out`` is taken, or ``OUT.partial`` is of another job; the message
+            says what differs.
+        FolderInUseError: another process is writing that result.
+        DamagedFileError: what is noted in ``OUT.partial`` is damaged.
         BudgetError: one weight does not fit ``max_memory``.
-        NoSpaceError: the disk has too little room; found before anything is written.
+        NoSpaceError: the disk has too little room; found before anything is written, unless
+            something else fills it later.
         Interrupted: ``stop`` said so.
     """
     job = prepare(source, out, scheme, ignore, max_memory, max_shard_size, dtype)
-    target = Path(job.plan.out)
-    partial = target.with_name(target.name + ".partial")
-    state = State(partial, job)
-    check_space(target, max(0, job.plan.written_bytes - state.written_bytes))
-    state.begin()
-    _log.info(
-        "quantizing %s to %s: one weight at a time, mapped from the source; at most %s beside "
-        "the interpreter's memory; the result grows in %s",
-        job.checkpoint.path,
-        job.scheme.name,
-        format_bytes(job.plan.memory_bytes),
-        partial,
-    )
-    resumed = len(state.done)
-    title = f"Quantizing to {job.scheme.name}"
-    with byte_bar(job.plan.read_bytes, title, show=show_progress) as bar:
-        _Work(job, partial, state).run(bar, stop)
-    _finish(job, partial, target, state)
-    return QuantizeResult(job.plan, target, resumed)
+    return carry_out(job, show_progress=show_progress, stop=stop)
+
+
+def carry_out(
+    job: Job, *, show_progress: bool = False, stop: Callable[[], bool] = lambda: False
+) -> QuantizeResult:
+    """Do what was planned, or what is left of it; see :func:`quantize_checkpoint`."""
+    out = Path(job.plan.out)
+    partial = out.with_name(out.name + ".partial")
+    if (out / NOTE_NAME).exists():
+        return _end_after_all(job, out)
+    if not partial.exists():
+        check_space(out, job.plan.written_bytes)  # before anything is written, the lock too
+    with FolderLock(partial, job.files) as lock:
+        check_output(out, overwrite=False)  # another process may have just ended
+        state = State(partial, job)
+        check_space(out, max(0, job.plan.written_bytes - state.written_bytes))
+        state.begin()
+        _log.info(
+            "quantizing %s to %s: one weight at a time, mapped from the source; at most %s beside "
+            "the interpreter's memory; the result grows in %s",
+            job.checkpoint.path,
+            job.scheme.name,
+            format_bytes(job.plan.memory_bytes),
+            partial,
+        )
+        resumed = len(state.done)
+        title = f"Quantizing to {job.scheme.name}"
+        with byte_bar(job.plan.read_bytes, title, show=show_progress) as bar:
+            _Work(job, partial, state).run(bar, stop)
+        finish(job, partial, out, state, lock)
+    return QuantizeResult(job.plan, out, resumed)
+
+
+def _end_after_all(job: Job, out: Path) -> QuantizeResult:
+    """Take the note out of a result whose process was killed before it could."""
+    with FolderLock(out, job.files) as lock:
+        if not (out / NOTE_NAME).exists():
+            check_output(out, overwrite=False)
+        state = State(out, job)
+        if not state.is_complete:
+            check_output(out, overwrite=False)
+        lock.release()
+        state.forget(out)
+    return QuantizeResult(job.plan, out, len(state.done))
 
 
 class _Work:
@@ -150,12 +182,18 @@ class _Work:
                     if following is not None:
                         following.shard.prefetch(following.spec)
                     self._write(name, tensor)
-                    self._state.done.add(name)
+                    self._state.add(name, self._written_bytes(name))
                 self._count_off(name)
+                if self._state.is_due:
+                    self._store()
                 bar.update(tensor.spec.nbytes)
         except BaseException:
             self._keep()
             raise
+
+    def _written_bytes(self, name: str) -> int:
+        writers = {key: self._writers.get(self._file_of[key]) for key in self._job.outputs[name]}
+        return sum(one.header.specs[key].nbytes for key, one in writers.items() if one)
 
     def _write(self, name: str, tensor: ShardTensor | EncodedTensor) -> None:
         assert isinstance(tensor, ShardTensor)  # checked when the job was planned
@@ -168,7 +206,9 @@ class _Work:
         if is_weight:
             made = self._job.scheme.quantize(name, load_in_dtype(tensor, dtype))
             for key, value in made.items():
-                self._writer(key).write(key, tensor_bytes(value))
+                # A weight may end in another file than it begins in, and that be finished.
+                if self._file_of[key] not in self._state.published:
+                    self._writer(key).write(key, tensor_bytes(value))
         else:
             copy_in_dtype(tensor, dtype, self._writer(name), name)
         tensor.shard.drop_behind(tensor.spec)
@@ -176,67 +216,40 @@ class _Work:
     def _writer(self, key: str) -> ShardWriter:
         file = self._file_of[key]
         if file not in self._writers:
-            job = self._job
-            finished = {key for name in self._state.done for key in job.outputs[name]}
             self._writers[file] = ShardWriter.resumed(
                 self._folder / file,
-                job.layout.files[file],
-                job.files,
-                {"format": "pt"},
-                finished=finished,
+                self._job.layout.files[file],
+                self._job.files,
+                SHARD_METADATA,
+                finished=self._state.kept,
             )
         return self._writers[file]
 
     def _count_off(self, name: str) -> None:
-        """Publish the files that a tensor was the last of, and note what is then durable."""
-        published = False
+        """Publish the files that a tensor was the last of."""
         for key in self._job.outputs[name]:
             file = self._file_of[key]
             self._left[file] -= 1
-            if not self._left[file] and file in self._writers:
-                self._writers.pop(file).publish()
-                published = True
-        if published:
-            # What lies in a file that is still being written would not survive a power cut.
-            self._state.store(one for one in self._job.outputs if not self._is_ahead(one))
+            if not self._left[file] and file not in self._state.published:
+                self._writer(key).publish()
+                del self._writers[file]
 
-    def _is_ahead(self, name: str) -> bool:
-        return any(self._left[self._file_of[key]] for key in self._job.outputs[name])
+    def _store(self) -> None:
+        """Note what is done, once it is durable."""
+        for writer in self._writers.values():
+            writer.sync()
+        self._state.store()
 
     def _keep(self) -> None:
-        """Leave unfinished files so that a later run goes on with them, if that can be done."""
-        lost = set()
-        for file, writer in self._writers.items():
-            try:
-                writer.suspend()
-            except StorageError:
-                writer.abandon()
-                lost.add(file)
-        done = self._state.done
-        kept = [
-            name
-            for name, keys in self._job.outputs.items()
-            if name in done and not any(self._file_of[key] in lost for key in keys)
-        ]
+        """Leave unfinished files so that a later run goes on with them."""
         try:
-            self._state.store(kept)
+            self._store()
         except StorageError as error:
-            _log.warning("what was done last could not be noted, and will be done again: %s", error)
-
-
-def _finish(job: Job, partial: Path, out: Path, state: State) -> None:
-    index = job.layout.index_json()
-    files = job.files
-    if index is not None:
-        files.remove(partial / job.layout.index_name)
-        write_text(partial / job.layout.index_name, index, files)
-    config = config_of_result(job)
-    files.remove(partial / CONFIG_NAME)
-    write_text(partial / CONFIG_NAME, json.dumps(config, indent=2) + "\n", files)
-    copy_side_files(job.checkpoint.folder, partial)
-    state.forget()
-    files.sync_folder(partial)
-    if out.is_dir():
-        files.remove_folder_if_empty(out)
-    files.rename(partial, out)
-    files.sync_folder(out.parent)
+            _log.warning(
+                "what was done since the last note could not be noted, and will be done again: %s",
+                error,
+            )
+        finally:
+            for writer in self._writers.values():
+                with suppress(StorageError):  # what was noted was synced
+                    writer.leave()

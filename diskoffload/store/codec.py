@@ -6,15 +6,18 @@ decoding work on one chunk at a time, into a buffer that is reused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import zstandard
 
 from diskoffload.errors import DamagedFileError, InvalidInputError
+from diskoffload.store.json_reader import brief
 
 CHUNK_BYTES = 4 << 20
+_BLOCK_BYTES = 128 << 10
+_MOST_FRAMING_BYTES = 128
 
 
 class Codec(Protocol):
@@ -26,6 +29,9 @@ class Codec(Protocol):
 
     def pack(self, data: memoryview) -> Iterator[bytes]:
         """Give the packed form of every chunk of ``data`` in order."""
+
+    def packed_range_bytes(self, nbytes: int) -> tuple[int, int]:
+        """Give the least and the most bytes that a packed chunk of ``nbytes`` can have."""
 
     def unpack_into(self, packed: bytes, target: memoryview, where: str) -> None:
         """Decode one chunk that must fill ``target`` exactly; ``where`` is for messages."""
@@ -44,6 +50,15 @@ class Zstd:
         for start in range(0, len(data), CHUNK_BYTES):
             yield compressor.compress(data[start : start + CHUNK_BYTES])
 
+    def packed_range_bytes(self, nbytes: int) -> tuple[int, int]:
+        """Bound a frame, as the format has it (RFC 8878, 3.1.1) and as we write it.
+
+        Every block of at most 128 KiB takes at least 4 bytes, which bounds what a file can
+        claim to hold. Bytes that do not shrink are stored with 3 more a block, which is
+        rounded up here to a 256th, as zstd's own ``ZSTD_compressBound`` does.
+        """
+        return 4 * -(-nbytes // _BLOCK_BYTES), nbytes + (nbytes >> 8) + _MOST_FRAMING_BYTES
+
     def unpack_into(self, packed: bytes, target: memoryview, where: str) -> None:
         """Decode one frame.
 
@@ -57,12 +72,30 @@ class Zstd:
                     f"{where}: a compressed chunk says it holds {size} bytes and "
                     f"{len(target)} are expected; the file is damaged, write it again"
                 )
-            target[:] = zstandard.ZstdDecompressor().decompress(packed, len(target))
+            target[:] = zstandard.ZstdDecompressor().decompress(
+                packed, len(target), allow_extra_data=False
+            )
         except zstandard.ZstdError as error:
             raise DamagedFileError(
                 f"{where}: a compressed chunk cannot be decoded ({error}); "
                 "the file is damaged, write it again"
             ) from error
+
+
+def can_hold(codec: Codec, chunks_bytes: Sequence[int], nbytes: int) -> bool:
+    """Tell whether packed chunks of these lengths can hold ``nbytes`` bytes.
+
+    Asked before any memory is taken, for what a file says they hold or for themselves.
+    """
+    whole, rest = divmod(nbytes, CHUNK_BYTES)
+    if len(chunks_bytes) != whole + (rest > 0):
+        return False
+    if rest:
+        least, most = codec.packed_range_bytes(rest)
+        if not least <= chunks_bytes[-1] <= most:
+            return False
+    least, most = codec.packed_range_bytes(CHUNK_BYTES)
+    return all(least <= packed <= most for packed in chunks_bytes[:whole])
 
 
 _CODECS: dict[str, Codec] = {"zstd": Zstd()}
@@ -88,6 +121,6 @@ def codec_named(name: str, *, where: str | None = None) -> Codec:
                 f"unknown compression {name!r}; use None or one of: {known}"
             ) from None
         raise DamagedFileError(
-            f"{where} is compressed with the unknown codec {name!r} (known: {known}); "
+            f"{where} is compressed with the unknown codec {brief(name)} (known: {known}); "
             "a newer diskoffload may read it"
         ) from None

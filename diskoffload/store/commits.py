@@ -58,6 +58,7 @@ class Commits:
             DamagedFileError: the journal is damaged, or of a later version.
         """
         self._journal = journal
+        self._in_doubt = False
         self.last = _replayed(journal.read(), str(journal.path))
 
     def write(self, wanted: Committed) -> Committed:
@@ -70,11 +71,15 @@ class Commits:
             StorageError: it could not be written; the last commit stays what it was.
         """
         made = replace(wanted, number=self.last.number + 1, seconds=time.time())
-        if self._journal.must_be_rewritten:
+        # What an interrupted call has written is no state to tell a difference from.
+        whole = self._in_doubt or self._journal.must_be_rewritten
+        self._in_doubt = True
+        if whole:
             self._journal.rewrite(_difference(Committed(), made))
         else:
             self._journal.append(_difference(self.last, made))
         self.last = made
+        self._in_doubt = False
         return made
 
 

@@ -7,20 +7,28 @@ import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from diskoffload.errors import ClosedError, CommitError, DamagedFileError, InvalidInputError
+from diskoffload.errors import (
+    ClosedError,
+    CommitError,
+    DamagedFileError,
+    InvalidInputError,
+    StorageError,
+    listed,
+)
 from diskoffload.store.codec import codec_named
 from diskoffload.store.commits import Commits, Committed, Entry
 from diskoffload.store.journal import Journal
 from diskoffload.store.lock import Ownership
 from diskoffload.store.shard import Shard
 from diskoffload.store.writer import Ticket, Writer
-from diskoffload.system.files import Files, memory_file_system
+from diskoffload.system.files import Files, memory_file_system, naming_faults
 from diskoffload.system.headroom import Headroom
 
 # A shard is written when so much waits in memory: enough that many tensors share one,
@@ -47,6 +55,8 @@ class Folder:
     Thread-safe. After a fork the child neither writes nor removes anything.
     """
 
+    _is_made = False  # of one whose making failed, which the error may keep
+
     def __init__(
         self, path: Path | str | None = None, *, files: Files | None = None, group_bytes: int = 0
     ) -> None:
@@ -65,7 +75,8 @@ class Folder:
         """
         files = files or Files()
         if path is None:
-            self.path, made = Path(tempfile.mkdtemp(prefix="diskoffload-")), True
+            with naming_faults("make a temporary folder", tempfile.tempdir or "TMPDIR"):
+                self.path, made = Path(tempfile.mkdtemp(prefix="diskoffload-")), True
             _log.warning("no offload_dir was given: offloading to %s, gone at the end", self.path)
         else:
             self.path = Path(path).expanduser().absolute()
@@ -79,23 +90,36 @@ class Folder:
                 kind,
             )
         self._files = files
-        self._owner = Ownership.taken_by(self, self.path, made, files)
-        self._commits = Commits(Journal(self.path, files))
         self._commit_lock = threading.Lock()
         self.remembered: dict[str, tuple[object, Entry]] = {}
-        self._durable: set[str] = set(self._commits.last.shards)
+        self._durable: set[str] = set()
         self._suspect: set[str] = set()
+        self._look_at_bytes = _LEAST_GROUP_BYTES
         self._committer: weakref.ref[object] | None = None
         self._reopened: weakref.WeakValueDictionary[str, Shard] = weakref.WeakValueDictionary()
-        self._owner.keep(self._durable)
-        swept = self._owner.sweep()
-        if swept:
-            _log.info("removed %d files that a process that died left in %s", len(swept), self.path)
+        with naming_faults("open the offload folder", self.path):
+            self._take(made)
         if not group_bytes:
             share_bytes = Headroom().available_bytes() // _GROUP_SHARE
             group_bytes = max(_LEAST_GROUP_BYTES, min(_MOST_GROUP_BYTES, share_bytes))
         self._writer = Writer(files, self._owner.next_path, self._owner.adopt, group_bytes)
         self._end = weakref.finalize(self, _end_writer, self._writer, self._owner.pid)
+        self._is_made = True
+
+    def _take(self, made: bool) -> None:
+        try:
+            self._owner = Ownership.taken_by(self, self.path, made, self._files)
+        except BaseException:
+            if made:
+                with suppress(StorageError):
+                    self._files.remove_folder_if_empty(self.path)
+            raise
+        self._commits = Commits(Journal(self.path, self._files))
+        self._durable.update(self._commits.last.shards)
+        self._owner.keep(set(self._durable))
+        swept = self._owner.sweep()
+        if swept:
+            _log.info("removed %d files that a process that died left in %s", len(swept), self.path)
 
     def __repr__(self) -> str:
         return f"Folder({str(self.path)!r})"
@@ -103,7 +127,7 @@ class Folder:
     @property
     def is_open(self) -> bool:
         """Whether this process may still write here."""
-        return self._end.alive and os.getpid() == self._owner.pid
+        return self._is_made and self._end.alive and os.getpid() == self._owner.pid
 
     def put(self, name: str, tensor: torch.Tensor, codec: str | None) -> Ticket:
         """Queue a tensor for writing under its name; see :meth:`Writer.put`.
@@ -174,6 +198,15 @@ class Folder:
             )
         self._committer = weakref.ref(owner)
 
+    def has_doubled(self) -> bool:
+        """Whether as much was written since this last answered yes as was in use then."""
+        written_bytes = self._writer.written_bytes
+        if written_bytes < self._look_at_bytes:
+            return False
+        in_use_bytes = sum(shard.header.file_bytes for shard in self.shards())
+        self._look_at_bytes = written_bytes + max(_LEAST_GROUP_BYTES, in_use_bytes)
+        return True
+
     def owns(self, shard: Shard) -> bool:
         """Whether a shard is one of this folder's files."""
         owner = shard.owner
@@ -182,7 +215,7 @@ class Folder:
         return owner is self._owner
 
     def is_suspect(self, shard: Shard) -> bool:
-        """Whether a failed fsync leaves in doubt what of a shard is on the device."""
+        """Whether it is in doubt what of a shard is on disk: its fsync failed, or it is lost."""
         return shard.path.name in self._suspect
 
     def commit(self, wanted: Committed, shards: Iterable[Shard]) -> Committed:
@@ -194,13 +227,16 @@ class Folder:
 
         Raises:
             ClosedError: the folder was closed, or belongs to the parent process.
+            DamagedFileError: somebody removed or changed a file that the state refers to.
             StorageError: not everything could be made durable. The last commit is what it
                 was, nothing of it is removed, and a later call tries again; a file whose
-                fsync failed must be written anew before, see :meth:`is_suspect`.
+                fsync failed, or that was changed, must be written anew before, see
+                :meth:`is_suspect`.
         """
         self.check_open("a commit")
         with self._commit_lock:
             new = {shard.path.name: shard for shard in shards}
+            self._check_there(new, wanted)
             for name in sorted(new.keys() - self._durable):
                 self._make_durable(new[name].path)
             self._files.sync_folder(self.path)
@@ -212,6 +248,25 @@ class Folder:
             made = self._commits.write(replace(wanted, shards={**wanted.shards, **sizes}))
             self._owner.keep(set(made.shards))
             return made
+
+    def _check_there(self, new: Mapping[str, Shard], wanted: Committed) -> None:
+        lost = [name for name, shard in new.items() if not shard.is_in_place()]
+        for name in wanted.shards.keys() - new.keys():
+            found = self._files.identity_at(self.path / name)
+            if found is None or found[2] != wanted.shards[name][0]:
+                lost.append(name)
+        if not lost:
+            return
+        self._suspect.update(lost)
+        self._durable.difference_update(lost)
+        for name, (_, entry) in list(self.remembered.items()):
+            if entry["at"][0] in lost:
+                del self.remembered[name]
+        raise DamagedFileError(
+            f"cannot commit to {self.path}: {listed(sorted(lost))} was removed or changed by "
+            "somebody else, and what was committed before may need it; commit again, and what "
+            "this process still has of it is written anew"
+        )
 
     def _make_durable(self, path: Path) -> None:
         fd = self._files.open_for_reading(path)

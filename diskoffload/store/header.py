@@ -9,15 +9,15 @@ number is checked against the file before it is used.
 from __future__ import annotations
 
 import json
-import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 
 from diskoffload.errors import DamagedFileError, InvalidInputError, UnsupportedTensorError
+from diskoffload.store.json_reader import JsonReader, brief
 
 LENGTH_BYTES = 8
 # The reference implementation's own bound on a header (safetensors' tensor.rs).
@@ -25,6 +25,11 @@ MAX_HEADER_BYTES = 100_000_000
 # Vector loads of fp32 kernels give other bits at smaller alignments (measured).
 ALIGNMENT_BYTES = 64
 _MAX_DIMENSIONS = 64  # torch's own bound
+# Of the JSON that describes one tensor, or is one text of the metadata. Both are far beyond
+# what is written by anyone, and bound what it takes to find that out.
+_MAX_ENTRY_BYTES = 1 << 16
+_MAX_TEXT_BYTES = 64 << 20
+_MAX_METADATA_ENTRIES = 100_000
 METADATA_KEY = "__metadata__"
 FILLER_PREFIX = "__filler__."
 
@@ -52,14 +57,12 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
 if hasattr(torch, "float8_e8m0fnu"):
     DTYPE_NAMES[torch.float8_e8m0fnu] = "F8_E8M0"
 DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_FIELDS = frozenset(("dtype", "shape", "data_offsets"))
 # Packed below a byte: (stored dtype, elements per stored element). Read as raw bytes.
 _SUB_BYTE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
-# What a file says is shown in part, however long or deep it is.
-_brief = reprlib.Repr()
-_brief.maxstring = 160
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredSpec:
     """Where one tensor lies in its file, and what it is.
 
@@ -124,26 +127,38 @@ def parse_header(raw: bytes, file_bytes: int, file: str) -> Header:
     Raises:
         DamagedFileError: anything is not as the format demands; says what and where.
     """
-    content = _parse_json(raw, file)
-    metadata = _check_metadata(content.pop(METADATA_KEY, None), file)
-    data_offset = LENGTH_BYTES + len(raw)
-    specs = [_check_tensor(name, value, data_offset, file) for name, value in content.items()]
-    specs.sort(key=lambda spec: (spec.offset, spec.nbytes))
-    end = data_offset
-    for spec in specs:
+    if not raw.startswith(b"{"):
+        _refuse(file, "its header does not begin with '{'")
+    specs, metadata = _read_json(raw, file)
+    end = data_offset = LENGTH_BYTES + len(raw)
+    if not _in_order(specs.values()):
+        ordered = sorted(specs.values(), key=lambda spec: (spec.offset, spec.nbytes))
+        specs = {spec.name: spec for spec in ordered}
+    for spec in specs.values():
         if spec.offset != end:
-            what = f"tensor {_brief.repr(spec.name)}"
+            what = f"tensor {brief(spec.name)}"
             kind = "overlaps the tensor before it" if spec.offset < end else "leaves a hole"
             _refuse(file, f"{what} at byte {spec.offset} {kind} (expected {end})")
         end += spec.nbytes
     if end != file_bytes:
         fault = "it was truncated" if end > file_bytes else "bytes follow the last tensor"
         _refuse(file, f"its header describes {end} bytes and it has {file_bytes}: {fault}")
-    return Header({spec.name: spec for spec in specs}, data_offset, file_bytes, metadata)
+    return Header(specs, data_offset, file_bytes, metadata)
 
 
-def can_be_a_tensor(dtype: torch.dtype, shape: Iterable[int]) -> bool:
+def _in_order(specs: Iterable[StoredSpec]) -> bool:
+    end = 0
+    for spec in specs:
+        if spec.offset < end:
+            return False
+        end = spec.offset + spec.nbytes
+    return True
+
+
+def can_be_a_tensor(dtype: torch.dtype, shape: Sequence[int]) -> bool:
     """Tell whether torch can count such a tensor's bytes, in 63 bits, empty or not."""
+    if len(shape) > _MAX_DIMENSIONS:
+        return False
     return prod(max(size, 1) for size in shape) * dtype.itemsize < 1 << 63
 
 
@@ -153,71 +168,71 @@ def _refuse(file: str, reason: str) -> NoReturn:
     )
 
 
-def _parse_json(raw: bytes, file: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            _refuse(file, f"its header has the key {_brief.repr(twice)} twice")
-        return made
+def _read_json(raw: bytes, file: str) -> tuple[dict[str, StoredSpec], dict[str, str]]:
+    """Read the tensors in the order of their names' appearance, and the metadata."""
+    data_offset = LENGTH_BYTES + len(raw)
+    metadata: dict[str, str] = {}
 
-    def no_number(word: str) -> NoReturn:
-        _refuse(file, f"its header holds {word}, which is not JSON")
+    def refuse(reason: str) -> NoReturn:
+        _refuse(file, f"its header {reason}")
 
-    if not raw.startswith(b"{"):
-        _refuse(file, "its header does not begin with '{'")
-    try:
-        content = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_number
-        )
-    except RecursionError:
-        _refuse(file, "its header's JSON is nested too deeply")
-    except ValueError as error:
-        if isinstance(error, DamagedFileError):
-            raise
-        _refuse(file, f"its header is not JSON ({error})")
-    assert isinstance(content, dict)  # because it begins with '{'
-    return content
+    def text(key: str) -> str:
+        value = reader.value(_MAX_TEXT_BYTES)
+        metadata[key] = value
+        if not isinstance(value, str):
+            _refuse(file, "its __metadata__ is not a table of strings")
+        if len(metadata) > _MAX_METADATA_ENTRIES:
+            refuse(f"has more than {_MAX_METADATA_ENTRIES} entries of metadata")
+        _check_text(key, file)
+        _check_text(value, file)
+        return value
 
+    def one(name: str) -> StoredSpec | None:
+        if name != METADATA_KEY:
+            return _check_tensor(name, reader.value(_MAX_ENTRY_BYTES), data_offset, file)
+        if reader.at_table():
+            reader.table(text)
+        elif reader.value(_MAX_ENTRY_BYTES) is not None:
+            _refuse(file, "its __metadata__ is not a table of strings")
+        return None
 
-def _check_metadata(value: Any, file: str) -> dict[str, str]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        _refuse(file, "its __metadata__ is not a table of strings")
-    for text in (*value, *value.values()):
-        _check_text(text, file)
-    return dict(value)
+    reader = JsonReader(raw, refuse)
+    found = reader.table(one)
+    reader.finish()
+    found.pop(METADATA_KEY, None)
+    return cast(dict[str, StoredSpec], found), metadata
 
 
 def _check_text(text: str, file: str) -> None:
     # JSON can escape half a character, which nothing can write again.
+    if text.isascii():
+        return
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        _refuse(file, f"{_brief.repr(text)} in its header is not Unicode")
+        _refuse(file, f"{brief(text)} in its header is not Unicode")
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+def _are_sizes(value: Any) -> bool:
+    # A bool is an int, but no size.
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 
 def _check_tensor(name: str, value: Any, data_offset: int, file: str) -> StoredSpec:
     _check_text(name, file)
 
     def refuse(reason: str) -> NoReturn:
-        _refuse(file, f"tensor {_brief.repr(name)} {reason}")
+        _refuse(file, f"tensor {brief(name)} {reason}")
 
-    if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
+    if not isinstance(value, dict) or not value.keys() >= _FIELDS:
         refuse("lacks one of dtype, shape and data_offsets")
     dtype_name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(shape, list) or not all(map(_is_size, shape)):
-        refuse(f"has the shape {_brief.repr(shape)}")
+    if not _are_sizes(shape):
+        refuse(f"has the shape {brief(shape)}")
     if len(shape) > _MAX_DIMENSIONS:
         refuse(f"has {len(shape)} dimensions")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        refuse(f"has the data_offsets {_brief.repr(offsets)}")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        refuse(f"has the data_offsets {brief(offsets)}")
     nbytes = offsets[1] - offsets[0]
     dtype = DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
     if dtype is None and isinstance(dtype_name, str) and dtype_name in _SUB_BYTE_BITS:
@@ -226,10 +241,10 @@ def _check_tensor(name: str, value: Any, data_offset: int, file: str) -> StoredS
             refuse("does not end at a byte")
         dtype, shape = torch.uint8, [bits // 8]
     if dtype is None:
-        refuse(f"has the unknown dtype {_brief.repr(dtype_name)}")
+        refuse(f"has the unknown dtype {brief(dtype_name)}")
     fits = prod(shape) * dtype.itemsize == nbytes
     if not fits or (nbytes == 0 and not can_be_a_tensor(dtype, shape)):
-        refuse(f"of dtype {dtype_name} and shape {_brief.repr(shape)} cannot take {nbytes} bytes")
+        refuse(f"of dtype {dtype_name} and shape {brief(shape)} cannot take {nbytes} bytes")
     return StoredSpec(name, dtype, tuple(shape), data_offset + offsets[0], nbytes, dtype_name)
 
 
@@ -305,7 +320,7 @@ def _check_names(names: list[str]) -> None:
             seen.add(name)
             continue
         raise InvalidInputError(
-            f"cannot write a tensor named {_brief.repr(name)}: {fault}; give it another name"
+            f"cannot write a tensor named {brief(name)}: {fault}; give it another name"
         )
 
 

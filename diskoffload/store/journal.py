@@ -98,12 +98,13 @@ class Journal:
         """
         assert not self.must_be_rewritten
         line = _line({**record, "record": self._count + 1})
+        # Until all of it is done, whatever interrupts us: what is written is in doubt.
+        rewrite_at_bytes, self._rewrite_at_bytes = self._rewrite_at_bytes, 0
         fd = self._files.open_for_writing(self.path)
         try:
             self._files.write(fd, memoryview(line), self._nbytes, self.path)
             self._files.sync(fd, self.path)
         except BaseException:
-            self._rewrite_at_bytes = 0
             with suppress(StorageError):  # else a reader may take it for committed
                 self._files.set_size(fd, self._nbytes, self.path)
             raise
@@ -111,6 +112,7 @@ class Journal:
             self._files.close(fd)
         self._nbytes += len(line)
         self._count += 1
+        self._rewrite_at_bytes = rewrite_at_bytes
 
     def rewrite(self, record: Record) -> None:
         """Put one record, which says all that is alive, in the place of all others, durably.
@@ -124,15 +126,16 @@ class Journal:
         self._files.remove(new)
         fd = self._files.create(new)
         try:
-            self._files.write(fd, memoryview(line), 0, new)
-            self._files.sync(fd, new)
+            try:
+                self._files.write(fd, memoryview(line), 0, new)
+                self._files.sync(fd, new)
+            finally:
+                self._files.close(fd)
+            self._files.rename(new, self.path)
         except BaseException:
-            self._files.close(fd)
             with suppress(StorageError):
                 self._files.remove(new)
             raise
-        self._files.close(fd)
-        self._files.rename(new, self.path)
         self._files.sync_folder(self.path.parent)
         self._nbytes, self._count = len(line), 1
         self._rewrite_at_bytes = 2 * len(line) + _LEAST_DEAD_BYTES

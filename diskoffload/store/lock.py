@@ -9,10 +9,12 @@ import re
 import threading
 import uuid
 import weakref
+from collections import Counter
 from pathlib import Path
 from typing import Protocol
 
 from diskoffload.errors import StorageError
+from diskoffload.store.journal import JOURNAL_NAME, NEW_SUFFIX
 from diskoffload.store.shard import Shard
 from diskoffload.system.files import Files
 
@@ -54,9 +56,13 @@ class Ownership:
         lock = path / LOCK_NAME
         fd = files.lock(lock)
         self._shards: weakref.WeakSet[Shard] = weakref.WeakSet()
-        self._lock = threading.Lock()
-        # Names of the files that stay when nothing refers to them; the finalizers share it.
+        # Finalizers take it too, and may run wherever it is held.
+        self._lock = threading.RLock()
+        # What the finalizers share: the names of the files that stay when nothing refers to
+        # them, and how many shards refer to each (one that is reopened beside its writer's).
         self._kept: set[str] = set()
+        self._users: Counter[str] = Counter()
+        self._released: set[str] = set()
         weakref.finalize(self, _give_up, files, self.pid, fd, lock, made)
 
     @classmethod
@@ -88,29 +94,38 @@ class Ownership:
 
     def adopt(self, shard: Shard) -> None:
         """Let a shard's file go when nothing refers to it any more, unless it is kept then."""
+        shared = (self._kept, self._users, self._lock)
         with self._lock:  # the writer's thread adds while another lists
+            self._users[shard.path.name] += 1
+            weakref.finalize(shard, _leave_shard, self._files, self.pid, shard.path, *shared)
             self._shards.add(shard)
-        shard.rest()
         shard.owner = self
-        weakref.finalize(shard, _remove_shard, self._files, self.pid, shard.path, self._kept)
+        shard.rest()
 
     def keep(self, names: set[str]) -> None:
         """Have just these files stay; what was kept before goes as soon as nothing uses it.
 
-        Raises:
-            StorageError: one cannot be removed; it stays for a sweep.
+        What cannot be removed is tried again at the next call, and is left to a sweep in the end.
         """
-        released = self._kept - names
+        self._released |= self._kept - names
+        self._released -= names
         self._kept |= names
-        self._kept -= released
+        self._kept -= self._released
         in_use = {shard.path.name for shard in self.shards()}
-        for name in sorted(released - in_use):
-            self._files.remove(self.path / name)
+        for name in sorted(self._released - in_use):
+            if _removed(self._files, self.path / name):
+                self._released.discard(name)
 
     def sweep(self) -> list[Path]:
-        """Remove what a process that died has left: shards that are neither kept nor in use."""
+        """Remove what a process that died has left: shards that are neither kept nor in use.
+
+        A journal that it had begun to rewrite goes as well.
+        """
         in_use = {shard.path.name for shard in self.shards()}
         found = [path for path in leftovers(self.path) if path.name not in self._kept | in_use]
+        begun = self.path / (JOURNAL_NAME + NEW_SUFFIX)
+        if begun.is_file() and not begun.is_symlink():
+            found.append(begun)
         for path in found:
             self._files.remove(path)
         return found
@@ -132,13 +147,32 @@ def leftovers(folder: Path) -> list[Path]:
     return sorted(path for path in found if path.is_file() and not path.is_symlink())
 
 
-def _remove_shard(files: Files, pid: int, path: Path, kept: set[str]) -> None:
-    if os.getpid() != pid or path.name in kept:
+def _leave_shard(
+    files: Files,
+    pid: int,
+    path: Path,
+    kept: set[str],
+    users: Counter[str],
+    lock: threading.RLock,
+) -> None:
+    if os.getpid() != pid:
         return
+    with lock:
+        users[path.name] -= 1
+        if users[path.name]:
+            return
+        del users[path.name]
+    if path.name not in kept:
+        _removed(files, path)
+
+
+def _removed(files: Files, path: Path) -> bool:
     try:
         files.remove(path)
     except StorageError as error:
         _log.warning("%s", error)
+        return False
+    return True
 
 
 def _give_up(files: Files, pid: int, fd: int, lock: Path, made: bool) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -15,10 +18,15 @@ from diskoffload.errors import DamagedFileError, StorageError
 from diskoffload.store.digests import Checking
 from diskoffload.store.header import LENGTH_BYTES, Header, StoredSpec, header_length, parse_header
 from diskoffload.store.shard_writer import ShardWriter
-from diskoffload.system.files import Files
-from diskoffload.system.memory import Memory, map_file
+from diskoffload.system.files import Files, Identity
+from diskoffload.system.memory import Memory
 
 _STEP_BYTES = 4 << 20
+# Addresses may be had again later; a file system without mmap stays one.
+_AGAIN_AFTER_SECONDS = 1.0
+_log = logging.getLogger(__name__)
+# Folders, and why their files are read: said once.
+_told: set[tuple[str, int]] = set()
 
 
 class Shard:
@@ -26,6 +34,14 @@ class Shard:
 
     The header is read once. The file is mapped at the first use, once and for good,
     privately: writing to a tensor of it changes neither the file nor another store's view.
+    Where the system refuses to map it, it is read.
+
+    A file that was changed while it is open (truncated, extended, written to) is noticed
+    whenever a tensor of it is asked for, read, copied or verified, and named; what was
+    removed or replaced by name stays whole in the mapping or the open descriptor. Not to be
+    noticed are a change between that look and the first touch of a page, or beneath a tensor
+    given out before, and a device that fails then: to touch what is missing is SIGBUS, which
+    ends the process. Who fears it reads instead: ``Files(may_map=False)``.
 
     Attributes:
         path: the file, as it was named.
@@ -48,13 +64,13 @@ class Shard:
         self._files = files
         self._lock = threading.Lock()
         self._memory: Memory | None = None
+        self._map_again_at = 0.0
         self._unchecked: set[str] | None = None
         self._fd: int = -1
         self._fd = files.open_for_reading(path)
         try:
             # Before the first byte is read, so that no change goes unnoticed.
-            status = os.fstat(self._fd)
-            self._identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+            self._identity = files.identity(self._fd, path)
             self.header = self._read_header()
         except BaseException:
             self._close()  # an error that is kept for a while keeps this object with it
@@ -82,6 +98,7 @@ class Shard:
         made._files = self._files
         made._lock = threading.Lock()
         made._memory = None
+        made._map_again_at = 0.0
         made._unchecked = None if self._unchecked is None else set(self.header.specs)
         made._fd = -1
         if self._fd >= 0:
@@ -93,15 +110,25 @@ class Shard:
 
         For files that nobody should rename: a model's thousands of shards would need more
         descriptors than a process may have. If somebody removes one all the same, its
-        mapping still has the bytes.
+        mapping still has the bytes, where it could be mapped.
         """
         with self._lock:
             self._map()
             self._close()
 
     def is_gone(self) -> bool:
-        """Whether the file was removed, and only the mapping, with its edits, has the bytes."""
-        return self._fd < 0 and self._memory is not None and not self.path.exists()
+        """Whether its name leads elsewhere, and only the mapping, with its edits, has the bytes."""
+        if self._fd >= 0 or self._memory is None:
+            return False
+        try:
+            found = self._files.identity_at(self.path)
+        except StorageError:
+            return False  # it cannot be told now; who reads it is told why
+        return found is None or found[:2] != self._identity[:2]
+
+    def is_in_place(self) -> bool:
+        """Whether its name leads to the file that was opened, unchanged."""
+        return self._files.identity_at(self.path) == self._identity
 
     @contextmanager
     def _opened(self) -> Iterator[int]:
@@ -132,8 +159,9 @@ class Shard:
             self._check_identity(fd)
 
     def _check_identity(self, fd: int) -> None:
-        status = os.fstat(fd)
-        now = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        self._check_same(self._files.identity(fd, self.path))
+
+    def _check_same(self, now: Identity) -> None:
         if now != self._identity:
             raise DamagedFileError(
                 f"{self.path} was changed while it was open (size {self._identity[2]} -> "
@@ -141,34 +169,85 @@ class Shard:
             )
 
     @property
-    def memory(self) -> Memory:
-        """The file's private mapping, made at the first use."""
+    def memory(self) -> Memory | None:
+        """The file's private mapping, made at the first use; ``None`` where it is refused.
+
+        Raises:
+            DamagedFileError: the file was changed, so that touching it might be fatal.
+            StorageError: it cannot be looked at.
+        """
         with self._lock:
             return self._map()
 
-    def _map(self) -> Memory:
-        if self._memory is None:
+    def _map(self) -> Memory | None:
+        if self._memory is not None:
+            self._check_mapped()
+        elif time.monotonic() >= self._map_again_at:
             with self._opened() as fd:
                 self._check_identity(fd)  # one that shrank is SIGBUS at the first touch
-                self._memory = map_file(fd, self.header.file_bytes, str(self.path))
+                try:
+                    self._memory = self._files.map(fd, self.header.file_bytes, self.path)
+                except StorageError as error:
+                    self._tell_of_refusal(error)
         return self._memory
 
-    def mapped(self, spec: StoredSpec) -> torch.Tensor:
-        """Give a tensor that aliases the mapping; it costs no memory until it is touched."""
+    def _check_mapped(self) -> None:
+        """Notice a change of the mapped file, though no descriptor or permission may be left."""
+        try:
+            if self._fd >= 0:
+                now: Identity | None = self._files.identity(self._fd, self.path)
+            else:
+                now = self._files.identity_at(self.path)
+        except StorageError:
+            return  # what is mapped is as good as it was
+        if now is not None and now[:2] == self._identity[:2]:  # else another has its name
+            self._check_same(now)
+
+    def _tell_of_refusal(self, error: StorageError) -> None:
+        may_pass = error.errno in (errno.ENOMEM, errno.EAGAIN)
+        self._map_again_at = time.monotonic() + _AGAIN_AFTER_SECONDS if may_pass else float("inf")
+        key = (str(self.path.parent), error.errno or 0)
+        if key not in _told:
+            _told.add(key)
+            _log.warning(
+                "files in %s are read into memory rather than mapped: %s", key[0], error.strerror
+            )
+
+    def mapped(self, spec: StoredSpec) -> torch.Tensor | None:
+        """Give a tensor that aliases the mapping; it costs no memory until it is touched.
+
+        ``None`` where the system refuses to map the file: then it is to be read. Raises as
+        :attr:`memory` does.
+        """
+        return self.mapped_as(spec, spec.dtype, spec.shape)
+
+    def mapped_as(
+        self, spec: StoredSpec, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> torch.Tensor | None:
+        """Give a tensor of another type and shape that aliases the bytes of one."""
         if spec.nbytes == 0:
-            return torch.empty(spec.shape, dtype=spec.dtype)
-        return self.memory.tensor(spec.dtype, spec.shape, spec.offset)
+            return torch.empty(shape, dtype=dtype)
+        memory = self.memory
+        return None if memory is None else memory.tensor(dtype, shape, spec.offset)
 
     def read_into(self, spec: StoredSpec, target: memoryview, start: int = 0) -> None:
-        """Read bytes of a tensor, from its byte ``start`` on, into ``target``."""
+        """Read bytes of a tensor, from its byte ``start`` on, into ``target``.
+
+        Raises:
+            DamagedFileError: the file was changed since it was opened.
+            StorageError: it cannot be read.
+        """
         try:
-            with self._opened() as fd:
-                self._files.read_into(fd, target, spec.offset + start, self.path)
+            self.read_at(spec.offset + start, target)
         except StorageError:
-            # Removed since it was last looked at: in a child, by the parent that owns it.
+            # Removed or replaced: in a child, by the parent that owns it.
             if not self.is_gone():
                 raise
-            target[:] = self.memory.view(spec.offset + start, len(target))
+            target[:] = self._last_copy().view(spec.offset + start, len(target))
+
+    def _last_copy(self) -> Memory:
+        assert self._memory is not None  # it is gone
+        return self._memory
 
     def check_first_reads(self, wanted: bool) -> None:
         """Have every tensor's bytes compared with its digest before it is mapped first, or not."""
@@ -201,10 +280,12 @@ class Shard:
         check.finish()
 
     def read_at(self, offset: int, target: memoryview) -> None:
-        """Read bytes of the file, whatever they are part of."""
+        """Read bytes of the file, whatever they are part of; raises as :meth:`read_into`."""
         with self._opened() as fd:
-            self._check_identity(fd)
-            self._files.read_into(fd, target, offset, self.path)
+            try:
+                self._files.read_into(fd, target, offset, self.path)
+            finally:
+                self._check_identity(fd)  # afterwards: what came is what was opened
 
     @property
     def mtime_ns(self) -> int:
@@ -214,20 +295,21 @@ class Shard:
     def prefetch(self, spec: StoredSpec) -> None:
         """Ask the kernel to read a tensor ahead of its use."""
         if hasattr(os, "posix_fadvise"):
-            with self._opened() as fd:
+            with self._opened() as fd, suppress(OSError):
                 os.posix_fadvise(fd, spec.offset, spec.nbytes, os.POSIX_FADV_WILLNEED)
 
     def drop_behind(self, spec: StoredSpec) -> None:
         """Tell the kernel that a tensor's pages are of no more use; a hint, no promise."""
         if hasattr(os, "posix_fadvise"):
-            with self._opened() as fd:
+            with self._opened() as fd, suppress(OSError):
                 os.posix_fadvise(fd, spec.offset, spec.nbytes, os.POSIX_FADV_DONTNEED)
 
     def copy_to(self, spec: StoredSpec, writer: ShardWriter, name: str) -> None:
         """Copy a tensor's bytes into a file being written, inside the kernel."""
         if self.is_gone():
-            writer.write(name, self.memory.view(spec.offset, spec.nbytes))
+            writer.write(name, self._last_copy().view(spec.offset, spec.nbytes))
             return
         with self._opened() as fd:
             self._check_identity(fd)
             writer.copy(name, fd, spec.offset)
+            self._check_identity(fd)

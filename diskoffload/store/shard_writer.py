@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
 from diskoffload.errors import DamagedFileError, StorageError
 from diskoffload.store.header import FILLER_PREFIX, Header, Planned, build_header
@@ -12,6 +14,23 @@ from diskoffload.system.files import Files
 
 _WRITE_STEP_BYTES = 8 << 20
 _WRITE_BEHIND_BYTES = 64 << 20
+
+Left = Literal["published", "begun", "nothing"]
+"""What an earlier writer left of a file."""
+
+
+def left_of(
+    path: Path, tensors: Iterable[Planned], files: Files, metadata: Mapping[str, str] | None = None
+) -> Left:
+    """Tell what an earlier writer, made with the same arguments, left of its file.
+
+    Header and length are compared; a file of others, or a truncated one, is ``"nothing"``.
+    """
+    raw, header = build_header(tensors, metadata)
+    if files.begins_with(path, raw, header.file_bytes):
+        return "published"
+    partial = path.with_name(path.name + ".partial")
+    return "begun" if files.begins_with(partial, raw, header.file_bytes) else "nothing"
 
 
 class ShardWriter:
@@ -43,9 +62,11 @@ class ShardWriter:
             UnsupportedTensorError: a dtype that safetensors does not know.
             StorageError: the file cannot be created or written.
         """
-        raw, header = build_header(tensors, metadata, fill=fill)
+        planned = list(tensors)
+        raw, header = build_header(planned, metadata, fill=fill)
         partial = path.with_name(path.name + ".partial")
         self._set_up(path, header, files, files.create(partial))
+        self._planned, self._fill = planned, fill
         try:
             self._put(memoryview(raw), 0)
             files.set_size(self._fd, self.header.file_bytes, self._partial)
@@ -101,6 +122,8 @@ class ShardWriter:
             if spec.nbytes and not name.startswith(FILLER_PREFIX)
         }
         self._since_flush_bytes = 0
+        self._sync_failed = False
+        self._name_is_durable = False
         self._fd = fd
 
     def __enter__(self) -> ShardWriter:
@@ -118,10 +141,16 @@ class ShardWriter:
         self._since_flush_bytes += nbytes
         if self._since_flush_bytes >= _WRITE_BEHIND_BYTES:
             # Else a container's memory fills with dirty pages and the writer is throttled.
-            self._files.sync(self._fd, self._partial)
+            self._sync_data()
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
             self._since_flush_bytes = 0
+
+    def describe(self, metadata: Mapping[str, str]) -> None:
+        """Write other metadata in the place of those that were given, of the same length."""
+        raw, header = build_header(self._planned, metadata, fill=self._fill)
+        assert header.data_offset == self.header.data_offset
+        self._put(memoryview(raw), 0)
 
     def write_part(self, name: str, data: memoryview, start: int = 0) -> None:
         """Write some bytes of a tensor, from its byte ``start`` on."""
@@ -165,7 +194,8 @@ class ShardWriter:
                 need not.
 
         Raises:
-            StorageError: a planned tensor was never written, or the system refuses.
+            StorageError: a planned tensor was never written, or the system refuses. Unless it
+                has its name by then, the file is still there to :meth:`abandon` or to leave.
         """
         if self._missing:
             raise StorageError(
@@ -173,23 +203,50 @@ class ShardWriter:
                 f"written, {sorted(self._missing)[0]!r} among them"
             )
         if durable:
-            self._files.sync(self._fd, self._partial)
+            self._sync_data()
+        self._files.rename(self._partial, self.path)
         fd, self._fd = self._fd, -1
         try:
             self._files.close(fd)
-            self._files.rename(self._partial, self.path)
         except BaseException:
-            self._files.remove(self._partial)
+            self._files.remove(self.path)
             raise
         if durable:
             self._files.sync_folder(self.path.parent)
         return self.path
 
+    def sync(self) -> None:
+        """Make what was written so far durable, and that the file is there.
+
+        Raises:
+            StorageError: it is not, or perhaps not; then neither is it at any later call, since
+                the system may report a lost write only once. What an earlier call made durable
+                stays so.
+        """
+        self._sync_data()
+        if not self._name_is_durable:
+            self._files.sync_folder(self.path.parent)
+            self._name_is_durable = True
+
+    def _sync_data(self) -> None:
+        if self._sync_failed or self._fd < 0:
+            raise StorageError(
+                errno.EIO, "could not sync the file: that failed before", str(self._partial)
+            )
+        self._sync_failed = True
+        self._files.sync(self._fd, self._partial)
+        self._sync_failed = False
+
+    def leave(self) -> None:
+        """Close the file and leave it as it is, for :meth:`resumed`."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            self._files.close(fd)
+
     def suspend(self) -> None:
         """Make what was written so far durable and leave it, for :meth:`resumed`."""
-        self._files.sync(self._fd, self._partial)
-        fd, self._fd = self._fd, -1
-        self._files.close(fd)
+        self.sync()
+        self.leave()
 
     def abandon(self) -> None:
         """Remove what was written, unless it was published."""

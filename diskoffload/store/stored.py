@@ -6,23 +6,26 @@ buffer, and, where the bytes in the file are the tensor's own, can be mapped.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from math import prod
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
 from diskoffload.errors import DamagedFileError
-from diskoffload.store.codec import CHUNK_BYTES, codec_named
+from diskoffload.store.codec import CHUNK_BYTES, can_hold, codec_named
+from diskoffload.store.digests import Checking, digests_of
 from diskoffload.store.header import StoredSpec, can_be_a_tensor
+from diskoffload.store.json_reader import JsonReader, brief
 from diskoffload.store.recipe import Piece
 from diskoffload.store.shard import Shard
 from diskoffload.system.memory import empty, tensor_bytes
 
 ENCODING_KEY = "diskoffload.encoding"
 RAW = "raw"
+# Of the JSON that describes one packed tensor: enough for the chunks of 500 GB.
+_MAX_ENCODING_BYTES = 1 << 20
 
 
 class Stored(Protocol):
@@ -58,9 +61,10 @@ class Stored(Protocol):
 class ShardTensor:
     """One tensor of one file, its bytes being its value."""
 
-    def __init__(self, shard: Shard, spec: StoredSpec) -> None:
+    def __init__(self, shard: Shard, spec: StoredSpec, digest: str | None = None) -> None:
         self.shard = shard
         self.spec = spec
+        self.digest = digest
         self.dtype = spec.dtype
         self.shape = spec.shape
 
@@ -71,10 +75,11 @@ class ShardTensor:
 
     def over(self, twins: Callable[[Shard], Shard]) -> ShardTensor:
         """Read the same range through another shard object."""
-        return ShardTensor(twins(self.shard), self.spec)
+        return ShardTensor(twins(self.shard), self.spec, self.digest)
 
     def mapped(self) -> torch.Tensor | None:
         """Alias the file, unless the tensor lies at an address its dtype cannot have."""
+        self.shard.check_first_read(self.spec, self.digest)
         if self.spec.offset % self.dtype.itemsize:
             return None
         return self.shard.mapped(self.spec)
@@ -83,13 +88,22 @@ class ShardTensor:
         """Read the bytes into fresh memory."""
         tensor = empty(self.dtype, self.shape)
         self.shard.read_into(self.spec, tensor_bytes(tensor))
+        check = Checking(str(self.shard.path), self.spec.name, self.spec.offset, self.digest)
+        check.add(tensor_bytes(tensor))
+        check.finish()
         return tensor
 
 
 class EncodedTensor:
     """One tensor of our own files whose bytes are packed, or of a type the format lacks."""
 
-    def __init__(self, shard: Shard, spec: StoredSpec, encoding: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        shard: Shard,
+        spec: StoredSpec,
+        encoding: Mapping[str, Any],
+        digest: str | None = None,
+    ) -> None:
         """Check what the file says of the tensor.
 
         Raises:
@@ -97,25 +111,27 @@ class EncodedTensor:
         """
         self.shard = shard
         self.spec = spec
-        where = f"{shard.path}, tensor {spec.name!r}"
+        self.digest = digest
+        where = f"{shard.path}, tensor {brief(spec.name)}"
         try:
             self.dtype = _dtype_named(encoding["dtype"])
-            self.shape = tuple(map(_size, encoding["shape"]))
+            self.shape = _sizes(encoding["shape"])
             self.codec_name = str(encoding["codec"])
-            self.chunks = tuple(map(_size, encoding.get("chunks", (spec.nbytes,))))
+            self.chunks = _sizes(encoding.get("chunks", [spec.nbytes]))
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedFileError(f"{where}: its encoding cannot be read ({error!r})") from error
-        self.nbytes = prod(self.shape) * self.dtype.itemsize
-        expected = -(-self.nbytes // CHUNK_BYTES)
-        raw = self.codec_name == RAW
         if not can_be_a_tensor(self.dtype, self.shape):
-            raise DamagedFileError(f"{where}: its encoding says the shape {self.shape}")
+            raise DamagedFileError(f"{where}: its encoding says the shape {brief(self.shape)}")
+        self.nbytes = prod(self.shape) * self.dtype.itemsize
         if sum(self.chunks) != spec.nbytes:
             raise DamagedFileError(f"{where}: its chunks do not add up to {spec.nbytes} bytes")
-        if (raw and spec.nbytes != self.nbytes) or (not raw and len(self.chunks) != expected):
-            raise DamagedFileError(f"{where}: its chunks do not give {self.nbytes} bytes")
-        if not raw:
+        if self.codec_name == RAW:
+            possible = spec.nbytes == self.nbytes
+        else:
             self._codec = codec_named(self.codec_name, where=where)
+            possible = can_hold(self._codec, self.chunks, self.nbytes)
+        if not possible:
+            raise DamagedFileError(f"{where}: its chunks cannot hold {self.nbytes} bytes")
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -130,27 +146,31 @@ class EncodedTensor:
 
     def mapped(self) -> torch.Tensor | None:
         """Alias the file where only the format's word for the dtype is lacking."""
+        self.shard.check_first_read(self.spec, self.digest)
         if self.codec_name != RAW or self.spec.offset % self.dtype.itemsize:
             return None
-        if self.nbytes == 0:
-            return torch.empty(self.shape, dtype=self.dtype)
-        return self.shard.memory.tensor(self.dtype, self.shape, self.spec.offset)
+        return self.shard.mapped_as(self.spec, self.dtype, self.shape)
 
     def load(self) -> torch.Tensor:
         """Decode into fresh memory, a chunk at a time."""
         tensor = empty(self.dtype, self.shape)
         target = tensor_bytes(tensor)
+        check = Checking(str(self.shard.path), self.spec.name, self.spec.offset, self.digest)
         if self.codec_name == RAW:
             self.shard.read_into(self.spec, target)
+            check.add(target)
+            check.finish()
             return tensor
         start = 0
         for number, size in enumerate(self.chunks):
             packed = bytearray(size)
             self.shard.read_into(self.spec, memoryview(packed), start)
+            check.add(packed)
             begin = number * CHUNK_BYTES
             where = f"{self.shard.path}, tensor {self.spec.name!r}, chunk {number}"
             self._codec.unpack_into(bytes(packed), target[begin : begin + CHUNK_BYTES], where)
             start += size
+        check.finish()
         return tensor
 
 
@@ -253,18 +273,22 @@ class StridedTensor:
         return tensor.copy_(self.inner.load() if source is None else source)
 
 
-def _dtype_named(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
+def _dtype_named(name: Any) -> torch.dtype:
+    # Not getattr, which has torch import whatever module is named.
+    dtype = vars(torch).get(name)
     # A quantized tensor is more than its bytes.
     if not isinstance(dtype, torch.dtype) or name.startswith(("qint", "quint")):
-        raise ValueError(f"unknown dtype {name!r}")
+        raise ValueError(f"unknown dtype {brief(name)}")
     return dtype
 
 
-def _size(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{str(value)[:40]!r} is no size")
-    return value
+def _sizes(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list):
+        raise ValueError(f"{brief(values)} is no list")
+    for value in values:
+        if type(value) is not int or not 0 <= value < 1 << 63:  # a bool is an int
+            raise ValueError(f"{brief(value)} is no size")
+    return tuple(values)
 
 
 def encoding_of(
@@ -287,19 +311,33 @@ def stored_tensors(shard: Shard) -> dict[str, ShardTensor | EncodedTensor]:
     Raises:
         DamagedFileError: the file's description of its packed tensors cannot be true.
     """
-    text = shard.header.metadata.get(ENCODING_KEY, "{}")
-    try:
-        encodings = json.loads(text)
-        if not isinstance(encodings, dict):
-            raise ValueError("not a table")
-    except (ValueError, RecursionError) as error:
-        raise DamagedFileError(
-            f"{shard.path}: its metadata {ENCODING_KEY!r} cannot be read ({error}); "
-            "the file is damaged, write it again"
-        ) from error
+    digests = digests_of(shard.header, str(shard.path))
+    packed = _encoded_tensors(shard, digests)
     return {
-        name: EncodedTensor(shard, spec, encodings[name])
-        if name in encodings
-        else ShardTensor(shard, spec)
+        name: packed.get(name) or ShardTensor(shard, spec, digests.get(name))
         for name, spec in shard.header.specs.items()
     }
+
+
+def _encoded_tensors(
+    shard: Shard, digests: Mapping[str, str]
+) -> Mapping[str, EncodedTensor | None]:
+    text = shard.header.metadata.get(ENCODING_KEY)
+    if text is None:
+        return {}
+
+    def refuse(reason: str) -> NoReturn:
+        raise DamagedFileError(
+            f"{shard.path}: its metadata {ENCODING_KEY!r} {reason}; "
+            "the file is damaged, write it again"
+        )
+
+    def read(name: str) -> EncodedTensor | None:
+        encoding = reader.value(_MAX_ENCODING_BYTES)
+        spec = shard.header.specs.get(name)
+        return EncodedTensor(shard, spec, encoding, digests.get(name)) if spec else None
+
+    reader = JsonReader(text.encode("utf-8"), refuse)
+    found = reader.table(read)
+    reader.finish()
+    return found

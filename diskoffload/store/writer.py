@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Protocol
 
@@ -141,6 +142,7 @@ class Writer:
         self._executor: ThreadPoolExecutor | None = None
         self._thread_id = 0
         self.written_groups = 0
+        self.written_bytes = 0
 
     def put(
         self, name: str, tensor: torch.Tensor, codec: str | None, folder: Flushable | None = None
@@ -229,6 +231,9 @@ class Writer:
             (key, item.dtype, item.shape) for key, item in zip(keys, items, strict=True)
         ]
         path = self._next_path()
+        # Refused before it is begun, though another process may take the room all the same.
+        data_bytes = sum(prod(shape) * dtype.itemsize for _, dtype, shape in planned)
+        self._files.check_space(path.parent, data_bytes)
         with ShardWriter(path, planned, self._files, metadata, fill=True) as writer:
             for key, item, ticket in zip(keys, items, group, strict=True):
                 item.write(writer, key)
@@ -247,6 +252,7 @@ class Writer:
             value: Stored = written[key]
             ticket.fulfil(StridedTensor(value, item.strides) if item.strides else value)
         self.written_groups += 1
+        self.written_bytes += shard.header.file_bytes
 
 
 def _check_storable(name: str, tensor: torch.Tensor) -> None:

@@ -15,12 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from diskoffload.errors import FolderInUseError, NoSpaceError, StorageError
-
-try:
-    import fcntl
-except ImportError:  # pragma: no cover - Windows is not promised
-    fcntl = None  # type: ignore[assignment]
+from diskoffload.errors import NoSpaceError, StorageError
+from diskoffload.system.locking import lock_file, unlock
+from diskoffload.system.memory import Memory, map_file
 
 _COPY_STEP_BYTES = 64 << 20
 _FALLBACK_STEP_BYTES = 8 << 20
@@ -31,6 +28,25 @@ _AT_FDCWD = -100
 # How /proc/self/mountinfo writes spaces and the like (proc_pid_mountinfo(5)).
 _OCTAL_ESCAPE = re.compile(r"\\([0-7]{3})")
 _MEMORY_FILE_SYSTEMS = {"tmpfs", "ramfs", "devtmpfs"}
+_PERMISSION = "give this user the right to do so, or name a folder that it may write to"
+_DESCRIPTORS = "close files, or raise the limit (ulimit -n), and try again"
+# What to do about a refusal, where its own words do not say.
+_ADVICE = {
+    errno.ENOSPC: "free some space there and try again",
+    errno.EDQUOT: "the quota is used up: free some space there and try again",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or name a folder on a file "
+    "system that takes larger ones",
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.EROFS: "mount it for writing, or name a folder that can be written to",
+    errno.EMFILE: _DESCRIPTORS,
+    errno.ENFILE: _DESCRIPTORS,
+    errno.EIO: "the device failed: see the system's log, and do not trust it before it is mended",
+    errno.ESTALE: "the server no longer knows the file: open the folder again",
+}
+
+Identity = tuple[int, int, int, int]
+"""Device, inode, length in bytes and time of the last change in ns: which file, as it was."""
 
 
 @contextmanager
@@ -43,13 +59,10 @@ def naming_faults(action: str, path: Path | str) -> Iterator[None]:
     except OSError as error:
         code = error.errno or 0
         reason = error.strerror or str(error)
-        if code in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpaceError(
-                code,
-                f"could not {action}: {reason}; free some space there and try again",
-                str(path),
-            ) from error
-        raise StorageError(code, f"could not {action}: {reason}", str(path)) from error
+        text = f"could not {action}: {reason}"
+        text += f"; {_ADVICE[code]}" if code in _ADVICE else ""
+        kind = NoSpaceError if code in (errno.ENOSPC, errno.EDQUOT) else StorageError
+        raise kind(code, text, str(path)) from error
 
 
 class Files:
@@ -57,7 +70,15 @@ class Files:
 
     Every method raises :class:`~diskoffload.errors.StorageError` where the system refuses,
     with the file's name and the system's own error number.
+
+    Attributes:
+        may_map: whether files are mapped; else they are read, as where the system refuses.
     """
+
+    may_map = True
+
+    def __init__(self, *, may_map: bool = True) -> None:
+        self.may_map = may_map
 
     def open_for_reading(self, path: Path) -> int:
         """Open an existing file; the caller closes the descriptor."""
@@ -81,7 +102,8 @@ class Files:
 
     def begins_with(self, path: Path, prefix: bytes, nbytes: int) -> bool:
         """Tell whether there is a file of that length that begins with those bytes."""
-        if not path.exists() or path.stat().st_size != nbytes:
+        found_at = self.identity_at(path)
+        if found_at is None or found_at[2] != nbytes:
             return False
         fd = self.open_for_reading(path)
         try:
@@ -92,8 +114,44 @@ class Files:
         return bytes(found) == prefix
 
     def close(self, fd: int) -> None:
-        """Close a descriptor."""
-        os.close(fd)
+        """Close a descriptor, and free what it locks; it is closed whatever is raised."""
+        unlock(fd)
+        with naming_faults("close the file", f"descriptor {fd}"):
+            os.close(fd)
+
+    def map(self, fd: int, nbytes: int, path: Path) -> Memory:
+        """Map the first bytes of a file privately, see :func:`map_file`."""
+        if not self.may_map:
+            raise StorageError(errno.ENODEV, "files are not to be mapped", str(path))
+        return map_file(fd, nbytes, str(path))
+
+    def identity(self, fd: int, path: Path) -> Identity:
+        """Tell which file is open and how it is now."""
+        with naming_faults("look at the file", path):
+            return _identity(os.fstat(fd))
+
+    def identity_at(self, path: Path) -> Identity | None:
+        """Tell which file has that name and how it is now; ``None`` if there is none."""
+        with naming_faults("look at the file", path):
+            try:
+                return _identity(os.stat(path))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def check_space(self, path: Path, nbytes: int) -> None:
+        """Refuse what cannot fit on the file system that holds ``path`` or will hold it.
+
+        Raises:
+            NoSpaceError: fewer bytes are free there.
+        """
+        free = free_bytes(path)
+        if nbytes > free:
+            raise NoSpaceError(
+                errno.ENOSPC,
+                f"cannot write {nbytes} bytes: {free} are free there, {nbytes - free} are "
+                "missing; free some space there and try again",
+                str(path),
+            )
 
     def size_bytes(self, fd: int, path: Path) -> int:
         """Tell an open file's length."""
@@ -213,64 +271,37 @@ class Files:
                 raise StorageError(error.errno, f"could not remove the folder: {error}") from error
 
     def lock(self, path: Path) -> int:
-        """Open and lock a file for this process alone; closing the descriptor frees it.
+        """Open and lock a file for this process alone; closing it by :meth:`close` frees it.
 
-        A symbolic link is refused: what it points to is not ours to write.
+        A symbolic link is refused: what it points to is not ours to write. Where the file
+        system has no locks, what the file says is the lock.
         """
         with naming_faults("lock the folder", path):
-            while True:
-                fd = self._locked(path)
-                try:
-                    # Its last owner may have removed it after we opened it; then a third
-                    # process would make and lock another.
-                    if _is_at(fd, path):
-                        os.truncate(fd, 0)
-                        os.pwrite(fd, f"{os.getpid()}\n".encode("ascii"), 0)
-                        return fd
-                except BaseException:
-                    os.close(fd)
-                    raise
-                os.close(fd)
-
-    def _locked(self, path: Path) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(path, flags, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.pread(fd, 64, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(fd)
-            raise FolderInUseError(
-                errno.EAGAIN,
-                f"the folder is in use by another process (pid {owner}); "
-                "wait for it to end, or name another offload_dir",
-                str(path.parent),
-            ) from error
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
+            return lock_file(path)
 
 
-def _is_at(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), os.lstat(path))
-    except FileNotFoundError:
-        return False
+def _identity(status: os.stat_result) -> Identity:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _nearest(path: Path) -> Path:
+    """Give the path, or the folder nearest above it that is there."""
+    with naming_faults("look at the folder", path):
+        while not path.exists():
+            path = path.parent
+    return path
 
 
 def free_bytes(path: Path) -> int:
     """Tell the free bytes of the file system that holds ``path`` or will hold it."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
+    place = _nearest(path)
+    with naming_faults("ask for the free space of", place):
+        return shutil.disk_usage(place).free
 
 
 def memory_file_system(path: Path) -> str | None:
     """Name the RAM-backed file system that ``path`` is or would be on, if it is on one."""
-    while not path.exists():
-        path = path.parent
-    path = path.resolve()
+    path = Path(os.path.realpath(_nearest(path)))
     best: tuple[int, str] = (-1, "")
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:

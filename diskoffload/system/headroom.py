@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import psutil
 
-from diskoffload.errors import InvalidInputError
+from diskoffload.errors import InvalidInputError, StorageError
 
 MACHINE = "machine"
 """What :meth:`Headroom.explain` answers where no control group is tighter."""
@@ -35,8 +35,19 @@ class MachineMemory(NamedTuple):
 
 
 def machine_memory() -> MachineMemory:
-    """Ask psutil for the machine's memory; raises what psutil raises."""
-    memory = psutil.virtual_memory()
+    """Ask psutil for the machine's memory.
+
+    Raises:
+        StorageError: the system does not say, because no descriptor is left.
+    """
+    try:
+        memory = psutil.virtual_memory()
+    except OSError as error:
+        raise StorageError(
+            error.errno,
+            f"could not ask for the machine's memory: {error.strerror}; if too many files are "
+            "open, close some or raise the limit (ulimit -n)",
+        ) from error
     return MachineMemory(int(memory.total), int(memory.available))
 
 

@@ -33,6 +33,8 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 _MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
 _HUGE_FROM_BYTES = 4 << 20
+# The last mappings before the limit may be refused where one has to be split.
+_NEARLY_ALL = 0.99
 _PAGEMAP_PRESENT_OR_SWAPPED = np.uint64(0b11 << 62)
 _PAGEMAP_FILE_BACKED = np.uint64(1 << 61)
 _PAGEMAP_ENTRY_BYTES = 8
@@ -100,13 +102,26 @@ def _map(nbytes: int, protection: int, flags: int, fd: int, what: str) -> Memory
     address = _libc.mmap(None, nbytes, protection, flags, fd, 0)
     if address == _MAP_FAILED:
         code = ctypes.get_errno()
-        hint = (
-            "raise vm.max_map_count or the address-space limit (ulimit -v)"
-            if code == errno.ENOMEM
-            else "check that the file system supports mmap"
-        )
+        hint = _about_full() if code == errno.ENOMEM else "check that the file system supports mmap"
         raise StorageError(code, f"cannot map {what} ({nbytes} bytes): {os.strerror(code)}; {hint}")
     return Memory(address, nbytes)
+
+
+def _about_full() -> str:
+    """Say what is used up when the system has no place for a mapping: seldom it is memory."""
+    try:
+        with open("/proc/sys/vm/max_map_count", encoding="ascii") as file:
+            most = int(file.read())
+        with open("/proc/self/maps", "rb") as lines:
+            count = sum(1 for _ in lines)
+    except (OSError, ValueError):  # not Linux, or no descriptor is left
+        most, count = 0, 0
+    if count >= most * _NEARLY_ALL > 0:
+        return (
+            f"it has {count} mappings and vm.max_map_count allows {most}: raise that "
+            "(sysctl -w vm.max_map_count=...), or use fewer files"
+        )
+    return "raise the address-space limit (ulimit -v), vm.overcommit_ratio or vm.max_map_count"
 
 
 def map_file(fd: int, nbytes: int, what: str) -> Memory:
@@ -114,6 +129,9 @@ def map_file(fd: int, nbytes: int, what: str) -> Memory:
 
     Writing to the memory changes neither the file nor what other mappings see: the
     kernel copies the page that is written. ``fd`` may be closed afterwards.
+
+    A page that cannot be had when it is touched (the device fails, the file was truncated
+    meanwhile) is not an exception but SIGBUS, which ends the process: nothing can notice it.
 
     Args:
         fd: descriptor, open for reading.
@@ -207,7 +225,12 @@ def written_pages(address: int, nbytes: int) -> Iterator[tuple[int, int]] | None
 
 def _written_runs(first: int, last: int) -> Iterator[tuple[int, int]]:
     # Opened at the first step: an iterator that is never begun runs no clean-up.
-    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StorageError(
+            error.errno, f"could not ask for edits: {error.strerror}; try again"
+        ) from error
     try:
         for begin in range(first, last, _PAGEMAP_READ_PAGES):
             count = min(_PAGEMAP_READ_PAGES, last - begin)

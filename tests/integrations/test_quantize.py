@@ -230,7 +230,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
         quantize_checkpoint(source, tmp_path / "out", "W4A16", **options, stop=_stop_after(count))
     assert not (tmp_path / "out").exists()
     if count:
-        with pytest.raises(diskoffload.OutputExistsError, match="another source, scheme"):
+        with pytest.raises(diskoffload.OutputExistsError, match="scheme was W4A16 and is FP8"):
             quantize_checkpoint(source, tmp_path / "out", "FP8", **options)
     result = quantize_checkpoint(source, tmp_path / "out", "W4A16", **options)
     assert result.resumed == count
