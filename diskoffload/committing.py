@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
-import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -39,9 +37,6 @@ from diskoffload.system.files import Files
 
 _log = logging.getLogger(__name__)
 _Value = Held | torch.Tensor
-
-_turns: weakref.WeakKeyDictionary[Folder, threading.Lock] = weakref.WeakKeyDictionary()
-_making_turns = threading.Lock()
 # How often a tensor that another thread keeps changing is written before it is given up.
 _MOST_TRIES = 3
 
@@ -82,14 +77,9 @@ def commit(model: torch.nn.Module, note: Any = None) -> Committed:
     except (TypeError, ValueError) as error:
         raise InvalidInputError(f"the note cannot be written as JSON: {error}") from error
     folder.check_open("a commit")  # in a child of a fork the turn may be taken for ever
-    with _turn(folder):
+    with folder.turn:
         folder.claim_commits(model)
         return _Collection(model, folder).commit(note)
-
-
-def _turn(folder: Folder) -> threading.Lock:
-    with _making_turns:
-        return _turns.setdefault(folder, threading.Lock())
 
 
 def last_commit(where: torch.nn.Module | Path | str) -> Committed:

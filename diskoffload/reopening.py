@@ -30,7 +30,7 @@ from diskoffload.store.folder import Folder, open_committed, open_folders
 from diskoffload.store.journal import JOURNAL_NAME, Journal
 from diskoffload.store.shard import Shard
 from diskoffload.store.stored import stored_tensors
-from diskoffload.system.files import Files
+from diskoffload.system.files import Files, naming_faults
 
 _log = logging.getLogger(__name__)
 Verify = Literal["full", "first_read"]
@@ -137,7 +137,9 @@ def _committed_place(offload_dir: Path | str) -> Path:
     if not isinstance(offload_dir, (str, Path)):
         raise InvalidInputError(f"offload_dir must be a path, not {type(offload_dir).__name__}")
     place = Path(offload_dir).expanduser().absolute()
-    if not (place / JOURNAL_NAME).is_file():
+    with naming_faults("look for the journal", place):
+        is_there = (place / JOURNAL_NAME).is_file()
+    if not is_there:
         raise CommitError(
             f"nothing was committed in {place}: it has no {JOURNAL_NAME}; open the checkpoint "
             "or offload the model anew, and commit it"

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from types import ModuleType
@@ -77,11 +78,23 @@ def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
+@contextmanager
+def _pieces(*, small: bool) -> Iterator[None]:
+    # Inputs are shorter than the pieces that files are read in, whose ends matter.
+    whole_bytes = json_reader._PIECE_BYTES
+    json_reader._PIECE_BYTES = 24 if small else whole_bytes
+    try:
+        yield
+    finally:
+        json_reader._PIECE_BYTES = whole_bytes
+
+
 class HeaderTarget:
     """A header alone.
 
     An input that begins with an even byte is a whole file; any other is the JSON, to which the
-    right length is put before and as many bytes behind as the two after the first one say.
+    right length is put before and as many bytes behind as the two after the first one say. The
+    second bit of that byte has the JSON read in small pieces.
     """
 
     def __init__(self, place: Path) -> None:
@@ -100,19 +113,22 @@ class HeaderTarget:
         made = []
         for content, nbytes in texts:
             said = json.dumps(content).encode()
-            made.append(b"\1" + nbytes.to_bytes(2, "little") + said)
-            made.append(b"\0" + file_of(said + b"   ", bytes(nbytes)))
+            for small in (0, 2):
+                made.append(bytes([1 + small]) + nbytes.to_bytes(2, "little") + said)
+                made.append(bytes([small]) + file_of(said + b"   ", bytes(nbytes)))
         return made
 
     def __call__(self, data: bytes) -> None:
         """Parse it, and see that every tensor is what the JSON says and where."""
-        if data[:1] and data[0] % 2:
+        data = data or b"\0"
+        if data[0] % 2:
             content = file_of(data[3:], bytes(int.from_bytes(data[1:3], "little")))
         else:
             content = data[1:]
         length = header_length(content[:8], len(content), "a file")
         text = content[8 : 8 + length]
-        found = parse_header(text, len(content), "a file")
+        with _pieces(small=bool(data[0] & 2)):
+            found = parse_header(text, len(content), "a file")
         said = json.loads(text)
         said.pop("__metadata__", None)
         expect(found.specs.keys() == said.keys(), "other names")

@@ -65,7 +65,7 @@ def leave_dead_files(folder: Folder, entries: Mapping[Held, Residency]) -> int:
             ticket.cancel()
         raise
     for held, ticket in tickets:
-        assert held.backing is not None  # it is vacant, so its value is there
+        assert held.backing is not None  # its value was there
         held.backing = held.backing.succeed(ticket)
     return len(movable)
 

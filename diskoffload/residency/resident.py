@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from diskoffload.errors import ClosedError
+from diskoffload.errors import ClosedError, StorageError
 from diskoffload.residency.edits import unedited
 from diskoffload.residency.forking import quiesce_at_fork
 from diskoffload.residency.held import Backing, Held, State
@@ -37,6 +37,8 @@ _RESERVE_SHARE = 0.1
 # what is available, and of max_bytes where it is given.
 _LEAST_WINDOW_BYTES = 32 << 20
 _WINDOW_SHARE = 2
+# What keeps an edit in memory until a sync, which tells: a reader of something else is not told.
+_CANNOT_WRITE = (ClosedError, StorageError)
 # How many entries in use are looked at again per slow operation: keeps each one O(1).
 _LOOKS = 4
 # How much of the C library's memory is freed before it is asked to give it back (some ms).
@@ -117,7 +119,7 @@ class Residency:
                 continue
             held.unpublish()
             if held.is_unheld():
-                with suppress(ClosedError):  # the edit stays in memory, and sync will tell
+                with suppress(*_CANNOT_WRITE):  # the edit stays in memory, and sync will tell
                     self._write_back(held)
             elif held.is_changed():
                 # Writing it would give nothing back as long as its user holds it.
@@ -185,7 +187,7 @@ class Residency:
                 return False
             try:
                 self._write_back(held)  # does nothing if nothing was changed
-            except ClosedError:
+            except _CANNOT_WRITE:
                 held.publish()  # whoever reads another tensor is not to be told: sync will
                 return False
             self._loaded.pop(held, None)
@@ -198,7 +200,7 @@ class Residency:
     def vacate_mapped(self, held: Held) -> bool:
         """Take a file's mapping from beneath an entry, unless something uses it.
 
-        Tell whether nothing lies beneath it now, so that its value may be put elsewhere.
+        Tell whether it does not lie on the file now, so that its value may be put elsewhere.
         """
         with self.lock:
             if held.state is State.BENEATH and not held.is_lent and self._withdraw(held):
@@ -206,7 +208,7 @@ class Residency:
                     held.publish()
                 else:
                     held.vacate()
-            return held.state is State.VACANT
+            return held.state in (State.VACANT, State.LOADED)
 
     def _withdraw(self, held: Held) -> bool:
         """Hide an entry from readers, unless something uses it."""
@@ -351,7 +353,7 @@ class Residency:
         if not self._withdraw(held):
             return held.state is not State.FRESH
         if not held.is_stored():
-            with suppress(ClosedError):
+            with suppress(*_CANNOT_WRITE):
                 self._write_back(held)
             held.publish()
             return True

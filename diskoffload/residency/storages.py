@@ -153,7 +153,8 @@ class Storages:
             one.mates = mates
         overlapping = [one for _, one in live if one is not held and _overlap(one, held)]
         # Of a tie the root stands for all: its views come and go.
-        return next((one.root for one in overlapping), None)
+        roots = [one.root for one in overlapping]
+        return next((root for root in roots if root.backing is not None), None)
 
 
 def _overlap(one: Held, other: Held) -> bool:

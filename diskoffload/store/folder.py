@@ -49,6 +49,7 @@ class Folder:
 
     Attributes:
         path: absolute path.
+        turn: for who commits: held from looking at the model to the end of the commit.
         remembered: for who commits: by name, what identifies a value in memory, and the entry
             of the file that it was committed to.
 
@@ -91,6 +92,7 @@ class Folder:
             )
         self._files = files
         self._commit_lock = threading.Lock()
+        self.turn = threading.Lock()
         self.remembered: dict[str, tuple[object, Entry]] = {}
         self._durable: set[str] = set()
         self._suspect: set[str] = set()

@@ -19,7 +19,7 @@ from typing import Any
 import xxhash
 
 from diskoffload.errors import DamagedFileError, StorageError
-from diskoffload.system.files import Files
+from diskoffload.system.files import Files, naming_faults
 
 JOURNAL_NAME = "diskoffload.journal"
 NEW_SUFFIX = ".new"
@@ -52,8 +52,9 @@ class Journal:
             DamagedFileError: a record is not what was written. Nothing is changed.
             StorageError: the file cannot be read.
         """
-        if not self.path.exists():
-            return []
+        with naming_faults("look for the journal", self.path):
+            if not self.path.exists():
+                return []
         data = self._files.read(self.path)
         records: list[Record] = []
         start = 0

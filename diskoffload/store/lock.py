@@ -179,13 +179,14 @@ def _give_up(files: Files, pid: int, fd: int, lock: Path, made: bool) -> None:
     if os.getpid() != pid:
         return
     try:
-        files.remove(lock)
-        if made:
-            files.remove_folder_if_empty(lock.parent)
+        try:
+            files.remove(lock)
+            if made:
+                files.remove_folder_if_empty(lock.parent)
+        finally:
+            files.close(fd)
     except StorageError as error:
         _log.warning("%s", error)
-    finally:
-        files.close(fd)
 
 
 # A lock is held by the process, so the process must know which ones it holds.

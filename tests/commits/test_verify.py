@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,14 @@ def test_garbage_is_bounded(tmp_path: Path) -> None:
     check_values(diskoffload.reopen(tmp_path / "off", model=bare(), verify="full"), expected)
 
 
+def bytes_in(folder: Path) -> int:
+    total = 0
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):  # it got its name meanwhile
+            total += path.stat().st_size
+    return total
+
+
 def test_garbage_is_bounded_without_commits(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "off", group_bytes=8 << 20)
     net = torch.nn.Sequential(*[torch.nn.Linear(512, 512, bias=False) for _ in range(12)])
@@ -242,8 +251,7 @@ def test_garbage_is_bounded_without_commits(tmp_path: Path) -> None:
     for number in range(150):  # the last one is never replaced, and keeps its file
         part: Any = net[choose.randrange(11)]
         part.weight = torch.nn.Parameter(torch.full((512, 512), float(number)))
-        files = [path.stat() for path in (tmp_path / "off").iterdir()]
-        most = max(most, sum(one.st_size for one in files))
+        most = max(most, bytes_in(tmp_path / "off"))
     live = 12 << 20
     # What is alive, as much garbage, what was written since the last look, a group on its way.
     assert most < 3 * live + (16 << 20)
@@ -274,7 +282,9 @@ def test_a_mapped_tensor_is_not_compacted_away(tmp_path: Path) -> None:
     check_values(diskoffload.reopen(tmp_path / "off", model=bare()), expected)
 
 
-def test_compacting_a_folder_at_rest(committed: Path, bare_again: Make, capsys: Any) -> None:
+def test_compacting_a_folder_at_rest(
+    way: str, committed: Path, bare_again: Make, capsys: Any
+) -> None:
     net: Any = diskoffload.reopen(committed, model=bare_again())
     kept = net.norm.weight.data  # keeps the file from being compacted while the model is there
     for part in (net.up, net.down, net.embed):
@@ -289,6 +299,7 @@ def test_compacting_a_folder_at_rest(committed: Path, bare_again: Make, capsys: 
     said = capsys.readouterr().out
     done = json.loads(said[said.index("{") :])
     after = {path: path.stat().st_size for path in shards_in(committed)}
-    assert len(set(before) - set(after)) == done["files"] > 0
+    assert len(set(before) - set(after)) == done["files"]
+    assert (done["files"] > 0) == (way != "zstd")  # a copy in memory keeps no file
     assert not diskoffload.verify(committed).faults
     check_values(diskoffload.reopen(committed, model=bare_again(), verify="full"), expected)

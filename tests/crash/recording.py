@@ -17,6 +17,7 @@ import pytest
 import diskoffload.store.folder
 import diskoffload.store.journal
 from diskoffload.system.files import Files, naming_faults
+from diskoffload.system.memory import Memory
 
 _Result = TypeVar("_Result")
 
@@ -61,6 +62,14 @@ class Watched(Files):
 
     def duplicate(self, fd: int, path: Path) -> int:
         return self.watch("open", path, lambda: super(Watched, self).duplicate(fd, path))
+
+    def close(self, fd: int) -> None:
+        whole = super().close
+        # However it ends, the descriptor is closed.
+        self.watch("close", Path(f"descriptor {fd}"), lambda: whole(fd), lambda: whole(fd))
+
+    def map(self, fd: int, nbytes: int, path: Path) -> Memory:
+        return self.watch("map", path, lambda: super(Watched, self).map(fd, nbytes, path))
 
     def read_into(self, fd: int, target: memoryview, offset: int, path: Path) -> None:
         whole = super().read_into
@@ -118,7 +127,7 @@ class Watched(Files):
         return self.watch("lock", path, lambda: super(Watched, self).lock(path))
 
 
-READS = frozenset({"open", "read"})
+READS = frozenset({"open", "close", "map", "read"})
 
 
 class Killing(Watched):
@@ -131,6 +140,7 @@ class Killing(Watched):
             at: which operation, of those that change anything.
             when: ``"before"``, ``"amid"`` or ``"after"``.
         """
+        super().__init__()
         self.count = 0
         self._at, self._when = at, when
         self._lock = threading.Lock()
@@ -162,18 +172,20 @@ class Failing(Watched):
     Attributes:
         watched: every operation there was, and the name of what it was done to.
         failed: those that failed.
+        lasts: whether all fail from one on.
     """
 
     def __init__(self, at: int, code: int = errno.EIO, *, lasts: bool = False) -> None:
         """Count from 0; a negative number never fails."""
+        super().__init__()
         self.watched: list[tuple[str, str]] = []
         self.failed: list[tuple[str, str]] = []
-        self._at, self._code, self._lasts = at, code, lasts
+        self._at, self._code, self.lasts = at, code, lasts
         self._lock = threading.Lock()
 
     def heal(self) -> None:
         """Have no more fail."""
-        self._at = -1
+        self._at, self.lasts = -1, False
 
     def watch(
         self,
@@ -185,7 +197,7 @@ class Failing(Watched):
         with self._lock:
             number = len(self.watched)
             self.watched.append((what, path.name))
-        fails = 0 <= self._at <= number if self._lasts else number == self._at
+        fails = 0 <= self._at <= number if self.lasts else number == self._at
         if not fails or (self._code == errno.ENOSPC and what in {*READS, "remove"}):
             return whole()
         self.failed.append((what, path.name))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +60,6 @@ class Session:
         lasting = ("t", "u") if self.way == "opened" else ()
         return Steps(self._rng.randrange(1 << 30), self.plain, parts, lasting)
 
-    def go_on_from(self, plain: torch.nn.Module) -> None:
-        """Have a commit to go on from, of what a plain model holds."""
-        self.plain = deepcopy(plain)
-        self._steps = self._steps_on_plain()
-
     def open(self, *, again: bool) -> None:
         """Hold a fresh model, or what was committed."""
         if again:
@@ -95,11 +89,11 @@ class Session:
     def commit(self) -> bool:
         """Commit, and say so before and after; tell whether it could be."""
         note = {"drawn": self._rng.randrange(1 << 30), "text": "x" * _NOTE_BYTES}
-        holds, plain = held_by(self.plain, note), deepcopy(self.plain)
-        self._report("begins", holds, plain)
+        holds = held_by(self.plain, note)
+        self._report("begins", holds, self.plain)
         made = self._do("commit", lambda: diskoffload.commit(self.held, note))
         if made is not None:
-            self._report("returned", holds, plain)
+            self._report("returned", holds, self.plain)
         return made is not None
 
     def close(self) -> None:
@@ -117,4 +111,13 @@ class Session:
                 self.close()
                 self.open(again=True)
         self.work(steps)
+        self.close()
+
+    def go_on(self, plain: torch.nn.Module, steps: int = 3) -> None:
+        """Reopen what was committed of this plain model, work and commit."""
+        self.plain = plain
+        self._steps = self._steps_on_plain()
+        self.open(again=True)
+        self.work(steps)
+        self.commit()
         self.close()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from nets import Holds, held_by, reopened, stray_files
+from recording import Watched, using
 
 import diskoffload
 from diskoffload.errors import CommitError
@@ -19,19 +20,16 @@ class Witness:
 
     Attributes:
         states: every state that a commit was begun of.
-        plains: the plain model of each.
         allowed: by number, those that may be found; ``None`` stands for no commit at all.
     """
 
     def __init__(self) -> None:
         self.states: list[Holds] = []
-        self.plains: list[torch.nn.Module] = []
         self.allowed: Allowed = frozenset({None})
 
-    def begins(self, holds: Holds, plain: torch.nn.Module) -> None:
+    def begins(self, holds: Holds) -> None:
         """See a commit begin: from now on it may be found, whole."""
         self.states.append(holds)
-        self.plains.append(plain)
         self.allowed |= {len(self.states) - 1}
 
     def returned(self) -> None:
@@ -41,7 +39,7 @@ class Witness:
     def report(self, what: str, holds: Holds, plain: torch.nn.Module) -> None:
         """Hear it from a session."""
         if what == "begins":
-            self.begins(holds, plain)
+            self.begins(holds)
         else:
             assert self.states[-1] is holds
             self.returned()
@@ -54,7 +52,8 @@ class Witness:
         """
         allowed = self.allowed if allowed is None else allowed
         try:
-            model = reopened(way, offload_dir)
+            with using(Watched()):  # whatever fails elsewhere
+                model = reopened(way, offload_dir)
         except CommitError as error:
             assert "nothing was committed" in str(error), error
             assert None in allowed, f"nothing was found, and {sorted(map(str, allowed))} may be"

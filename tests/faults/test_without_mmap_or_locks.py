@@ -90,18 +90,21 @@ def test_a_model_works_where_nothing_can_be_mapped(
     assert files.asked > 0
 
 
-def test_a_refusal_is_asked_again_only_if_it_may_pass(tmp_path: Path) -> None:
+def test_a_refusal_is_asked_again_only_if_it_may_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_file({"a": torch.ones(9)}, tmp_path / "a.safetensors")
-    for code, times in ((errno.ENODEV, 1), (errno.ENOMEM, 2)):
+    for code, seconds, times in (
+        (errno.ENODEV, 0.0, 1),
+        (errno.ENOMEM, 0.0, 3),
+        (errno.ENOMEM, 100.0, 1),
+    ):
+        monkeypatch.setattr("diskoffload.store.shard._AGAIN_AFTER_SECONDS", seconds)
         files = Refusing(code)
-        shard = Shard(tmp_path / "a.safetensors", files)
-        stored = stored_tensors(shard)["a"]
+        stored = stored_tensors(Shard(tmp_path / "a.safetensors", files))["a"]
         for _ in range(3):
             assert stored.mapped() is None
             assert torch.equal(stored.load(), torch.ones(9))
-        assert files.asked == 1
-        shard._map_again_at = min(shard._map_again_at, 0.0) if times == 2 else shard._map_again_at
-        assert stored.mapped() is None
         assert files.asked == times
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from quantize_bench import Bench, make_bench, noted
+from quantize_bench import Bench, Quick, make_bench, noted
 
 from diskoffload.errors import NoSpaceError, StorageError
 from diskoffload.quantize import state
-from diskoffload.system.files import Files
 
 pytest.importorskip("compressed_tensors")
 
@@ -31,7 +30,7 @@ def bench(planned: Bench) -> Iterator[Bench]:
     planned.clear()
 
 
-class Failing(Files):
+class Failing(Quick):
     """Refuses one step, and forgets what was not synced where it refuses to sync."""
 
     def __init__(self, fail_at: int, code: int, of: str = "") -> None:
@@ -59,7 +58,7 @@ class Failing(Files):
 
 
 def _failing(name: str) -> Any:
-    plain = getattr(Files, name)
+    plain = getattr(Quick, name)
 
     def method(self: Failing, *arguments: Any) -> Any:
         paths = [one for one in arguments if isinstance(one, Path)]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from models import digests
-from quantize_bench import Bench, make_bench, noted
+from quantize_bench import Bench, Quick, make_bench, noted
 
 from diskoffload.checkpoint import publish
 from diskoffload.quantize import quantize_checkpoint, state
@@ -33,7 +33,7 @@ STEPS = (
 )
 
 
-class Deadly(Files):
+class Deadly(Quick):
     """Counts the steps that change something, and kills its process at one of them.
 
     Of a write, half is done by then; a step of another kind is not done.
@@ -51,7 +51,7 @@ class Deadly(Files):
         if self.count == self.kill_at:
             if name == "write":
                 fd, data, offset, path = arguments
-                Files.write(self, fd, data[: len(data) // 2], offset, path)
+                Quick.write(self, fd, data[: len(data) // 2], offset, path)
             os.kill(os.getpid(), signal.SIGKILL)
         if name == "rename" and arguments[0].name == NEW_NOTE_NAME:
             self.noted = json.loads(arguments[0].read_text())["note"]["done"]
@@ -61,7 +61,7 @@ class Deadly(Files):
 
 
 def _deadly(name: str) -> Any:
-    plain = getattr(Files, name)
+    plain = getattr(Quick, name)
 
     def method(self: Deadly, *arguments: Any) -> Any:
         self.step(name, arguments)
@@ -193,12 +193,12 @@ def test_killed_at_every_step(bench: Bench) -> None:
 def test_killed_at_random_moments(bench: Bench) -> None:
     chance = random.Random(4)  # the moments are random all the same: a process takes its time
     started_seconds = time.monotonic()
-    bench.work()
+    bench.work(Files())
     bench.check()
     whole_seconds = time.monotonic() - started_seconds
     kills = 0
     while kills < 40:
-        pid = in_child(bench.work)
+        pid = in_child(lambda: bench.work(Files()))
         time.sleep(chance.uniform(0, whole_seconds))
         os.kill(pid, signal.SIGKILL)
         if was_killed(pid):

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from quantize_bench import Bench, make_bench
+from quantize_bench import Bench, Quick, make_bench
 
 from diskoffload.quantize import state
-from diskoffload.system.files import Files
 
 pytest.importorskip("compressed_tensors")
 
@@ -27,7 +26,7 @@ Data = dict[int, bytes]
 _PAGE_BYTES = 4096
 
 
-class Recorder(Files):
+class Recorder(Quick):
     """Does what it is told, and collects what would be on the disk after a power cut."""
 
     def __init__(self, root: Path) -> None:

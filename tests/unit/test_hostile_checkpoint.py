@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from shard_files import entry, file_bytes, in_child
 
 from diskoffload.checkpoint.source import Checkpoint
-from diskoffload.errors import CheckpointError, DamagedFileError, OffloadError, StorageError
-from diskoffload.inspect import inspect_path
+from diskoffload.errors import CheckpointError, DamagedFileError, StorageError
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -222,8 +221,6 @@ def test_links_out_of_the_folder_are_followed_and_read_only(tmp_path: Path) -> N
 def test_a_path_that_cannot_be_is_refused(tmp_path: Path, path: str) -> None:
     with pytest.raises(StorageError):
         Checkpoint(tmp_path / path)
-    with pytest.raises(OffloadError):
-        inspect_path(tmp_path / path)
 
 
 @pytest.fixture
@@ -321,36 +318,3 @@ def test_made_up_indexes_are_refused_or_give_what_they_say(
         return
     assert index["weight_map"] == {"a": "one.safetensors"}
     assert checkpoint.tensors["a"].load().tolist() == [*b"1234"]
-
-
-# ------------------------------------------------------------- inspect goes on
-
-
-@pytest.mark.timeout(20)
-def test_inspect_names_every_fault_and_goes_on(tmp_path: Path) -> None:
-    folder = folder_with(tmp_path)
-    for number, thing in enumerate(THINGS):
-        thing(folder / f"{number}.safetensors")
-    (folder / "truncated.safetensors").write_bytes(SHARD[:-1])
-    os.close(os.open(os.fsencode(folder) + b"/\xff\x1b[2J.safetensors", os.O_CREAT))
-    found = inspect_path(folder)
-    assert [len(shard.tensors) for shard in found.shards if shard.fault is None] == [1]
-    assert found.totals()["faults"] == len(THINGS) + 2
-    for shard in found.shards:
-        assert shard.fault is None or shard.path in shard.fault
-    json.dumps(found.as_json())
-    lines = found.as_table().split("\n")
-    assert all(line.isprintable() for line in lines)
-    assert len(lines) == len(found.shards) + 2 + 1  # a table of one row, and the sum
-
-
-def test_what_inspect_shows_steers_no_terminal_and_stays_narrow(tmp_path: Path) -> None:
-    name = "\x1b[2J\n\u202e" + "n" * 100_000
-    empty = entry(shape=[1 << 40, 0] + [1] * 60, data_offsets=[4, 4])
-    path = tmp_path / "one.safetensors"
-    path.write_bytes(file_bytes({"a": entry(), name: empty}, b"1234"))
-    found = inspect_path(path)
-    assert found.tensors[1].name == name
-    lines = found.as_table().split("\n")
-    assert len(lines) == 5
-    assert all(line.isprintable() and len(line) < 600 for line in lines)

@@ -81,6 +81,8 @@ ATTACKS: dict[str, bytes] = {
     "overlap": pair((0, 4), (2, 6), 6),
     "same place": pair((0, 4), (0, 4), 4),
     "inside another": pair((0, 8), (2, 4), 8),
+    "overlap that a hole makes up for": pair((0, 4), (2, 6), 8),
+    "same place, and as much unused": pair((0, 4), (0, 4), 8),
     "hole between": pair((0, 4), (6, 8), 8),
     "hole before": one(b"x" + DATA, data_offsets=[1, 5]),
     "hole after": one(DATA + bytes(4)),

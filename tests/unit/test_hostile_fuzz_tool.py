@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 CASES = 250
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_target_holds_for_some_hundred_mutations(tmp_path: Path, name: str) -> None:
     target = TARGETS[name](tmp_path)
