@@ -170,7 +170,7 @@ def _removed(files: Files, path: Path) -> bool:
     try:
         files.remove(path)
     except StorageError as error:
-        _log.warning("%s", error)
+        _log.warning("%s", str(error))  # whoever keeps the record must not keep the frames
         return False
     return True
 
@@ -186,7 +186,7 @@ def _give_up(files: Files, pid: int, fd: int, lock: Path, made: bool) -> None:
         finally:
             files.close(fd)
     except StorageError as error:
-        _log.warning("%s", error)
+        _log.warning("%s", str(error))
 
 
 # A lock is held by the process, so the process must know which ones it holds.

@@ -26,7 +26,8 @@ _BLIND = "-blind"
 @pytest.fixture(params=[*WAYS, f"disk-written{_BLIND}", f"opened{_BLIND}"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param.endswith(_BLIND):
-        monkeypatch.setattr("diskoffload.cache.disk.written_pages", lambda address, nbytes: None)
+        for asker in ("cache.disk_backing", "residency.edits"):
+            monkeypatch.setattr(f"diskoffload.{asker}.written_pages", lambda *_: None)
     return request.param.removesuffix(_BLIND)
 
 

@@ -1,4 +1,4 @@
-"""Inspecting files made to hurt: each fault is named, the rest is shown, the table stays a table."""
+"""Inspecting files made to hurt: faults are named, the rest is shown, the table stays one."""
 
 from __future__ import annotations
 
