@@ -15,12 +15,13 @@ BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv demo lint test test-slow fuzz clean torch-wanted
+.PHONY: help venv demo lint test test-slow test-long fuzz clean torch-wanted
 
 help:
 	@echo "make demo       open and quantize a 3 GB checkpoint in a third of its size of memory"
 	@echo "make test       lint, check the types, run the default tests"
-	@echo "make test-slow  run the tests that take long"
+	@echo "make test-slow  run the tests that take a while"
+	@echo "make test-long  crash and fail at every step: an hour or so"
 	@echo "make fuzz       feed made-up files to the readers for FUZZ_SECONDS=$(FUZZ_SECONDS), guided by atheris"
 	@echo "make venv       only make the virtual environment, without the package"
 	@echo "make clean      remove the virtual environment and caches (not $(DEMO_DIR))"
@@ -66,6 +67,9 @@ test-slow: $(VENV)/.installed-test
 
 fuzz: $(VENV)/.installed-fuzz
 	"$(BIN)/python" tools/fuzz.py --seconds "$(FUZZ_SECONDS)"
+
+test-long: $(VENV)/.installed-test
+	"$(BIN)/python" -m pytest -m long
 
 clean:
 	@if [ -e "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi

@@ -167,7 +167,7 @@ class EncodedTensor:
             self.shard.read_into(self.spec, memoryview(packed), start)
             check.add(packed)
             begin = number * CHUNK_BYTES
-            where = f"{self.shard.path}, tensor {self.spec.name!r}, chunk {number}"
+            where = f"{self.shard.path}, tensor {brief(self.spec.name)}, chunk {number}"
             self._codec.unpack_into(bytes(packed), target[begin : begin + CHUNK_BYTES], where)
             start += size
         check.finish()

@@ -147,8 +147,8 @@ class Steps:
         transposed = len(shape) == 2 and self._rng.random() < 0.3
 
         def act(root: torch.nn.Module) -> None:
-            value = value_of(shape[::-1], dtype, seed).T if transposed else value_of(
-                shape, dtype, seed
+            value = (
+                value_of(shape[::-1], dtype, seed).T if transposed else value_of(shape, dtype, seed)
             )
             setattr(root.get_submodule(part), key, _entry(value, is_parameter))
 

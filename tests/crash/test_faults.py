@@ -87,7 +87,7 @@ def test_faults_at_operations(
     assert errors > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("lasts", [False, True])
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])

@@ -124,7 +124,7 @@ def test_interrupted_at_lines(root: Path, checkpoint: Path) -> None:
     check_interrupts("built", root, checkpoint, 5, 67)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("way", ["built", "mixed", "opened"])
 def test_interrupted_at_every_line(way: str, root: Path, checkpoint: Path) -> None:

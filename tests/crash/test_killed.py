@@ -112,7 +112,7 @@ def test_killed_at_operations(
         check_killed_at(lives, seed, at, WHENS[number % 3])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("way", WAYS)
 def test_killed_at_every_operation(
@@ -141,12 +141,10 @@ def seconds_of_a_life(lives: Lives) -> float:
     return time.monotonic() - began
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("way", WAYS)
-def test_killed_at_random_moments(
-    way: str, nursery: Nursery, root: Path, checkpoint: Path
-) -> None:
+def test_killed_at_random_moments(way: str, nursery: Nursery, root: Path, checkpoint: Path) -> None:
     lives = Lives(nursery, root, checkpoint, way)
     seconds = seconds_of_a_life(lives)
     killed = sum(check_killed_any_time(lives, seed, seconds) for seed in range(200))

@@ -105,7 +105,7 @@ def test_a_power_cut_anywhere_leaves_the_last_commit(
     check_session(root, way, 1, checkpoint, choices, more)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("seed", range(2, 8))
 def test_many_power_cuts(way: str, seed: int, root: Path, checkpoint: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_power_cut_after_a_fault_leaves_a_whole_commit(root: Path, checkpoint:
     check_faults(root, "built", 1, checkpoint, every=7, choices=1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 def test_many_power_cuts_after_faults(way: str, root: Path, checkpoint: Path) -> None:
     check_faults(root, way, 2, checkpoint, every=2, choices=2)

@@ -159,7 +159,7 @@ ABOUT_MAPPINGS = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "what", ["contracts/test_module_contract.py", "contracts/test_ties.py", "commits"]
 )

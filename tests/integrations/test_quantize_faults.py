@@ -110,7 +110,7 @@ def test_every_file_that_cannot_be_synced_or_named(bench: Bench, of: str, least:
     assert step > least
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("noting_often")
 def test_every_step_that_fails(bench: Bench) -> None:
     step = 1

@@ -180,7 +180,7 @@ def test_a_weight_spread_over_two_files_is_done_again(
         die_and_go_on(bench, number + 2, 0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_every_step(bench: Bench) -> None:
     steps = steps_of(bench)
     assert len(steps) > 150
@@ -189,7 +189,7 @@ def test_killed_at_every_step(bench: Bench) -> None:
         die_and_go_on(bench, number, before)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_random_moments(bench: Bench) -> None:
     chance = random.Random(4)  # the moments are random all the same: a process takes its time
     started_seconds = time.monotonic()
@@ -210,7 +210,7 @@ def test_killed_at_random_moments(bench: Bench) -> None:
     bench.check()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_killed_within_one_file(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """Real processes, each killed a moment after it noted something; one shard in all."""
     script = (
