@@ -348,6 +348,7 @@ def _bind(
                     cache[key] = None
                 else:
                     cache.bind_lazily(key, held_for(tensor, f"{prefix}.{key}" if prefix else key))
+                    cache.born[key] = tensor.dtype, tuple(tensor.shape)
             caches.append(cache)
         attach_caches(module, *caches)
     shapes = {name: tuple(tensors[name].shape) for name in found.recipes}

@@ -365,6 +365,7 @@ class Residency:
             held.vacate()
         else:
             held.lay(value, State.BENEATH)  # found without asking only after the next read
+            self._storages.note(held)
         before.forget_edits(address, nbytes)
         return True
 

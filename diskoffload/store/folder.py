@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import tempfile
@@ -95,6 +96,7 @@ class Folder:
         self.turn = threading.Lock()
         self.remembered: dict[str, tuple[object, Entry]] = {}
         self._durable: set[str] = set()
+        self._in_doubt: set[str] = set()
         self._suspect: set[str] = set()
         self._look_at_bytes = _LEAST_GROUP_BYTES
         self._committer: weakref.ref[object] | None = None
@@ -242,14 +244,25 @@ class Folder:
             for name in sorted(new.keys() - self._durable):
                 self._make_durable(new[name].path)
             self._files.sync_folder(self.path)
+            if not self._commits.last.number:
+                self._sync_own_name()
             sizes = {
                 name: (shard.header.file_bytes, shard.header_digest) for name, shard in new.items()
             }
-            # Whatever of the two is on the device after a failure, its files are there.
-            self._owner.keep(self._commits.last.shards.keys() | sizes.keys())
+            # Whichever record is the last on the device after a failure, its files are there.
+            self._in_doubt |= sizes.keys()
+            self._owner.keep(self._commits.last.shards.keys() | self._in_doubt)
             made = self._commits.write(replace(wanted, shards={**wanted.shards, **sizes}))
+            self._in_doubt.clear()
             self._owner.keep(set(made.shards))
             return made
+
+    def _sync_own_name(self) -> None:
+        try:
+            self._files.sync_folder(self.path.parent)
+        except StorageError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM):  # one that may only be passed
+                raise
 
     def _check_there(self, new: Mapping[str, Shard], wanted: Committed) -> None:
         lost = [name for name, shard in new.items() if not shard.is_in_place()]

@@ -254,11 +254,16 @@ class Files:
             path.unlink(missing_ok=True)
 
     def make_folder(self, path: Path) -> bool:
-        """Make a folder and its parents; tell whether it was not there before."""
+        """Make a folder and its parents; tell whether it was not there before.
+
+        Parents that were made are durable afterwards, the folder's own name is not.
+        """
         with naming_faults("make the folder", path):
-            existed = path.is_dir()
+            made = [one for one in (path, *path.parents) if not one.exists()]
             path.mkdir(parents=True, exist_ok=True)
-            return not existed
+        for one in made[1:]:
+            self.sync_folder(one.parent)
+        return bool(made)
 
     def remove_folder_if_empty(self, path: Path) -> None:
         """Remove a folder unless something is left in it."""

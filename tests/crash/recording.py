@@ -367,12 +367,11 @@ class Recording(Failing):
     def make_folder(self, path: Path) -> bool:
         with self._in_order:
             new = [one for one in (path, *path.parents) if not one.exists()]
-            made = super().make_folder(path)
             for one in reversed(new):
                 self._numbers += 1
                 self._file_at[str(one)] = self._numbers
                 self._note("make_folder", one, self._numbers)
-            return made
+            return super().make_folder(path)
 
     def remove_folder_if_empty(self, path: Path) -> None:
         with self._in_order:

@@ -273,10 +273,6 @@ def test_what_is_frozen_stays_so(root: Path, checkpoint: Path) -> None:
     assert found.three.w.requires_grad
 
 
-# ---------------------------------------------------------------------- still to be mended
-
-
-@pytest.mark.xfail(reason="its files go before the next record is durable", strict=True)
 def test_what_a_failed_commit_refers_to_stays_until_another_is_durable(
     root: Path, checkpoint: Path
 ) -> None:
@@ -311,9 +307,6 @@ def test_what_a_failed_commit_refers_to_stays_until_another_is_durable(
     assert diskoffload.last_commit(found).note in ("first", "second")
 
 
-@pytest.mark.xfail(
-    reason="a value that was just written is not noted as its storage's", strict=True
-)
 def test_a_view_of_what_was_just_written_stays_one(root: Path, checkpoint: Path) -> None:
     model: Any = hold("built", root, checkpoint)
     model.one._parameters.sync()
@@ -326,7 +319,6 @@ def test_a_view_of_what_was_just_written_stays_one(root: Path, checkpoint: Path)
     assert held_by(reopened("built", root)).differs_from(wanted) == ""
 
 
-@pytest.mark.xfail(reason="an opened model does not know what it was born with", strict=True)
 @pytest.mark.parametrize("name", ["one.t", "two.u"])
 def test_what_the_checkpoint_does_not_name_can_be_deleted(
     name: str, root: Path, checkpoint: Path

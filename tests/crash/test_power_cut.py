@@ -112,7 +112,6 @@ def test_many_power_cuts(way: str, seed: int, root: Path, checkpoint: Path) -> N
     check_session(root, way, seed, checkpoint, EXTREMES, more=8)
 
 
-@pytest.mark.xfail(reason="the folder's own name is not synced yet", strict=True)
 def test_a_folder_that_the_commit_made_is_there_afterwards(root: Path, checkpoint: Path) -> None:
     files, witness = recorded(root, "built", 1, checkpoint)
     for number, disk, allowed in moments(files):
