@@ -13,6 +13,7 @@ from diskoffload.checkpoint.source import INDEX_SUFFIX, Checkpoint
 from diskoffload.errors import CheckpointError, OffloadError
 from diskoffload.progress import byte_bar
 from diskoffload.store.commits import Commits, Committed
+from diskoffload.store.digests import check_header
 from diskoffload.store.folder import open_committed
 from diskoffload.store.header import FILLER_PREFIX
 from diskoffload.store.journal import JOURNAL_NAME, Journal
@@ -130,6 +131,7 @@ def _opened(
 
         def open_one(one: Path = one, opened: list[Any] = opened) -> None:
             shard = Shard(one, Files())
+            check_header(shard.header, str(one))
             opened.extend((shard, tensor) for tensor in stored_tensors(shard).values())
 
         found.files += 1

@@ -210,8 +210,7 @@ class _Weights:
         step = max(1, _PIECE_ELEMENTS // columns)
         for top in range(0, rows, step):
             piece = self._draw(min(step, rows - top), columns)
-            writer.write_part(name, tensor_bytes(piece), top * columns * _DTYPE.itemsize)
-        writer.finish_parts(name)
+            writer.write_part(name, tensor_bytes(piece))
 
     def _draw(self, rows: int, columns: int) -> torch.Tensor:
         count = rows * columns

@@ -84,8 +84,7 @@ def new_folder(out: Path, files: Files, *, overwrite: bool) -> Iterator[Path]:
         yield building
         if out.is_dir():
             _carry_over(out, building)
-        for folder in (building, *(p for p in building.rglob("*") if p.is_dir())):
-            files.sync_folder(folder)
+        _sync_all(building, files)
         if not out.exists():
             files.rename(building, out)
         elif not any(out.iterdir()):
@@ -100,6 +99,19 @@ def new_folder(out: Path, files: Files, *, overwrite: bool) -> Iterator[Path]:
     finally:
         # After an exchange this is the old checkpoint, before it the unfinished new one.
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _sync_all(folder: Path, files: Files) -> None:
+    """Make durable what others wrote there, like a config; weights are so already."""
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            files.sync_folder(path)
+        elif path.is_file() and not path.is_symlink():
+            fd = files.open_for_reading(path)
+            try:
+                files.sync(fd, path)
+            finally:
+                files.close(fd)
 
 
 def _carry_over(old: Path, new: Path) -> None:
@@ -125,7 +137,9 @@ def _carry_over(old: Path, new: Path) -> None:
 def copy_side_files(source: Path, target: Path) -> list[str]:
     """Copy what lies beside a checkpoint's weights (tokenizer, templates, licence).
 
-    Hidden files, weights of any format, and what is in ``target`` already are left out.
+    Hidden files, weights of any format, and what is in ``target`` already are left out; so are,
+    with a warning, links to what is no part of the checkpoint: one made by others could have a
+    file of the user's published.
 
     Returns:
         The names of the files copied, relative to the folder.
@@ -141,11 +155,28 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
             continue
         if (target / relative).exists() or path.stat().st_size > _MAX_SIDE_FILE_BYTES:
             continue
+        if not _is_part_of(source, path):
+            _log.warning(
+                "%s is a link to %s, outside of the checkpoint, and is not copied; copy it "
+                "yourself if it belongs to the result",
+                path,
+                path.resolve(),
+            )
+            continue
         (target / relative).parent.mkdir(exist_ok=True)
         with naming_faults("copy the file", path):
             shutil.copyfile(path, target / relative)
         copied.append(str(relative))
     return copied
+
+
+def _is_part_of(folder: Path, path: Path) -> bool:
+    real, within = path.resolve(), folder.resolve()
+    if real.is_relative_to(within):
+        return True
+    # The Hugging Face cache: models--NAME/snapshots/REVISION/FILE -> ../../blobs/DIGEST.
+    blobs = within.parent.parent / "blobs"
+    return within.parent.name == "snapshots" and real.parent == blobs
 
 
 def write_text(path: Path, text: str, files: Files) -> None:

@@ -213,7 +213,7 @@ def _plain_item(name: str, value: _Value) -> _Item:
     def write(writer: ShardWriter, key: str) -> None:
         source = _source(value)
         if isinstance(source, ShardTensor):  # the file's bytes are the value's
-            source.shard.copy_to(source.spec, writer, key)
+            source.shard.copy_to(source.spec, writer, key, source.digest)
         else:
             writer.write(key, tensor_bytes(_real(source)))
 
@@ -275,7 +275,7 @@ def _pieces_item(
     def write(writer: ShardWriter, key: str) -> None:
         as_stored = all(_is_as_stored(values[name]) for name, _ in pieces)
         if as_stored and isinstance(original, ShardTensor) and dtype == original.dtype:
-            original.shard.copy_to(original.spec, writer, key)
+            original.shard.copy_to(original.spec, writer, key, original.digest)
             return
         tensor = empty(dtype, shape)
         for name, piece in pieces:

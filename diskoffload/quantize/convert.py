@@ -52,11 +52,10 @@ def copy_in_dtype(tensor: ShardTensor, dtype: torch.dtype, writer: ShardWriter, 
     """
     made = empty(dtype, (min(prod(tensor.shape), _BLOCK_ELEMENTS),))
     lost = 0
-    for start, block in _blocks(tensor):
+    for _, block in _blocks(tensor):
         part = made[: len(block)]
         lost += _convert(block, part)
-        writer.write_part(name, tensor_bytes(part), start * dtype.itemsize)
-    writer.finish_parts(name)
+        writer.write_part(name, tensor_bytes(part))
     _warn_of_overflow(tensor, dtype, lost)
 
 

@@ -19,7 +19,7 @@ from diskoffload.system.files import Files
 
 NOTE_NAME = "diskoffload-quantize.json"
 NEW_NOTE_NAME = NOTE_NAME + ".new"
-_FORMAT = 1
+_FORMAT = 2
 _MAX_BYTES = 64 << 20  # more than any note has
 
 

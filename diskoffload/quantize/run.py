@@ -200,7 +200,7 @@ class _Work:
         dtype = self._job.targets.dtypes[name]
         is_weight = name in self._job.targets.weights
         if not is_weight and dtype == tensor.dtype:
-            tensor.shard.copy_to(tensor.spec, self._writer(name), name)
+            tensor.shard.copy_to(tensor.spec, self._writer(name), name, tensor.digest)
             return
         tensor.shard.check_unchanged()
         if is_weight:
@@ -221,7 +221,7 @@ class _Work:
                 self._job.layout.files[file],
                 self._job.files,
                 SHARD_METADATA,
-                finished=self._state.kept,
+                finished=self._state.kept.get(file, {}),
             )
         return self._writers[file]
 
@@ -233,12 +233,13 @@ class _Work:
             if not self._left[file] and file not in self._state.published:
                 self._writer(key).publish()
                 del self._writers[file]
+                self._state.publish(file)
 
     def _store(self) -> None:
         """Note what is done, once it is durable."""
         for writer in self._writers.values():
             writer.sync()
-        self._state.store()
+        self._state.store({file: one.digests for file, one in self._writers.items()})
 
     def _keep(self) -> None:
         """Leave unfinished files so that a later run goes on with them."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class State:
     Attributes:
         done: names of the source's tensors that are.
         published: files of the result that an earlier run had finished.
-        kept: names of tensors of the result that an earlier run had written.
+        kept: by file, the digests of the result's tensors that an earlier run had written to it.
     """
 
     def __init__(self, folder: Path, job: Job) -> None:
@@ -55,6 +56,7 @@ class State:
         self._noted_seconds = time.monotonic()
         self.done: set[str] = set()
         self.published: frozenset[str] = frozenset()
+        self.kept: dict[str, dict[str, str]] = {}
         note = read_note(folder, job.files)
         self._is_new = note is None
         if note is None:
@@ -62,7 +64,7 @@ class State:
         else:
             self._check_same(note)
             self._take_stock(note["done"])
-        self.kept = {key for name in self.done for key in job.outputs[name]}
+            self._keep(note["digests"])
 
     def _check_empty(self) -> None:
         if not self._folder.exists():
@@ -116,6 +118,12 @@ class State:
             )
         self.published = frozenset(file for file, found in left.items() if found == "published")
 
+    def _keep(self, digests: Mapping[str, Mapping[str, str]]) -> None:
+        done = {key for name in self.done for key in self._job.outputs[name]}
+        for file, known in digests.items():
+            if file not in self.published:
+                self.kept[file] = {key: known[key] for key in known if key in done}
+
     @property
     def is_complete(self) -> bool:
         """Whether every tensor is done."""
@@ -132,10 +140,14 @@ class State:
         """Say whose the folder is before anything else is in it, or trust what is in it."""
         if self._is_new:
             self._job.files.sync_folder(self._folder.parent)
-            self.store()
+            self.store({})
         else:
             # A killed process may not have come to it, and the next note counts on it.
             self._job.files.sync_folder(self._folder)
+
+    def publish(self, file: str) -> None:
+        """Take note that a file of the result has its name now, and says the rest itself."""
+        self.kept.pop(file, None)
 
     def add(self, name: str, nbytes: int) -> None:
         """Take note, in memory, that a tensor is done, as so many bytes of the result."""
@@ -150,8 +162,11 @@ class State:
         waited_seconds = time.monotonic() - self._noted_seconds
         return self._unnoted_bytes >= NOTE_EVERY_BYTES or waited_seconds >= NOTE_EVERY_SECONDS
 
-    def store(self) -> None:
+    def store(self, digests: Mapping[str, Mapping[str, str]]) -> None:
         """Write down what is done. All of it must be durable.
+
+        Args:
+            digests: by file, of what was written to those that are being written now.
 
         Raises:
             StorageError: the note is as before, or perhaps the new one.
@@ -162,6 +177,7 @@ class State:
             "source": str(self._job.checkpoint.path),
             "done": self._prefix,
             "of": len(self._order),
+            "digests": {**self.kept, **digests},
             "job": self._identity,
         }
         write_note(self._folder, note, self._job.files)

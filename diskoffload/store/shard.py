@@ -304,12 +304,21 @@ class Shard:
             with self._opened() as fd, suppress(OSError):
                 os.posix_fadvise(fd, spec.offset, spec.nbytes, os.POSIX_FADV_DONTNEED)
 
-    def copy_to(self, spec: StoredSpec, writer: ShardWriter, name: str) -> None:
-        """Copy a tensor's bytes into a file being written, inside the kernel."""
+    def copy_to(
+        self, spec: StoredSpec, writer: ShardWriter, name: str, digest: str | None = None
+    ) -> None:
+        """Copy a tensor's bytes into a file being written, inside the kernel.
+
+        Raises:
+            DamagedFileError: they are not those of the digest, or the file was changed.
+            StorageError: they cannot be read or written.
+        """
         if self.is_gone():
             writer.write(name, self._last_copy().view(spec.offset, spec.nbytes))
-            return
-        with self._opened() as fd:
-            self._check_identity(fd)
-            writer.copy(name, fd, spec.offset)
-            self._check_identity(fd)
+        else:
+            with self._opened() as fd:
+                self._check_identity(fd)
+                writer.copy(name, fd, spec.offset)
+                self._check_identity(fd)
+        check = Checking(str(self.path), spec.name, spec.offset, digest)
+        check.compare(writer.digests[name])

@@ -8,12 +8,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
+import xxhash
+
 from diskoffload.errors import DamagedFileError, StorageError
-from diskoffload.store.header import FILLER_PREFIX, Header, Planned, build_header
+from diskoffload.store.digests import (
+    DIGESTS_KEY,
+    digests_as_text,
+    digests_to_come,
+    needs_digest,
+)
+from diskoffload.store.header import LENGTH_BYTES, Header, Planned, build_header, parse_header
 from diskoffload.system.files import Files
 
 _WRITE_STEP_BYTES = 8 << 20
 _WRITE_BEHIND_BYTES = 64 << 20
+_READ_BACK_BYTES = 1 << 20
 
 Left = Literal["published", "begun", "nothing"]
 """What an earlier writer left of a file."""
@@ -26,25 +35,54 @@ def left_of(
 
     Header and length are compared; a file of others, or a truncated one, is ``"nothing"``.
     """
-    raw, header = build_header(tensors, metadata)
-    if files.begins_with(path, raw, header.file_bytes):
+    raw, header = _plan(list(tensors), metadata, fill=False)
+    if _is_the_one(path, len(raw), header, files):
         return "published"
     partial = path.with_name(path.name + ".partial")
-    return "begun" if files.begins_with(partial, raw, header.file_bytes) else "nothing"
+    return "begun" if _is_the_one(partial, len(raw), header, files) else "nothing"
+
+
+def _plan(
+    tensors: list[Planned], metadata: Mapping[str, str] | None, *, fill: bool
+) -> tuple[bytes, Header]:
+    to_come = digests_to_come(name for name, _, _ in tensors)
+    return build_header(tensors, {**(metadata or {}), DIGESTS_KEY: to_come}, fill=fill)
+
+
+def _is_the_one(path: Path, header_bytes: int, wanted: Header, files: Files) -> bool:
+    """Whether a file has the header that was planned, whatever digests are in it by now."""
+    found_at = files.identity_at(path)
+    if found_at is None or found_at[2] != wanted.file_bytes:
+        return False
+    fd = files.open_for_reading(path)
+    try:
+        raw = bytearray(header_bytes)
+        files.read_into(fd, memoryview(raw), 0, path)
+    finally:
+        files.close(fd)
+    if raw[:LENGTH_BYTES] != (header_bytes - LENGTH_BYTES).to_bytes(LENGTH_BYTES, "little"):
+        return False
+    try:
+        found = parse_header(bytes(raw[LENGTH_BYTES:]), found_at[2], str(path))
+    except DamagedFileError:
+        return False
+    digests = {DIGESTS_KEY: wanted.metadata[DIGESTS_KEY]}
+    return found.specs == wanted.specs and {**found.metadata, **digests} == wanted.metadata
 
 
 class ShardWriter:
     """Writes one safetensors file whose tensors are known beforehand.
 
-    The header goes first, then the tensors in any order. The file appears under its name
-    only when :meth:`publish` finds it complete; until then it has the name
+    The header goes first, then the tensors in any order, each from its first byte to its
+    last; a checksum of each is put into the header in the end. The file appears under its
+    name only when :meth:`publish` finds it complete; until then it has the name
     with ``.partial`` after it. Leaving it as a context manager without publishing removes
     what was written. Not thread-safe.
 
     Attributes:
         path: the final name.
         header: where each tensor goes.
-        written_bytes: bytes written so far.
+        digests: by name, xxh3-128 in hexadecimal of each tensor that is complete.
     """
 
     def __init__(
@@ -60,13 +98,15 @@ class ShardWriter:
 
         Raises:
             UnsupportedTensorError: a dtype that safetensors does not know.
+            NoSpaceError: it has no room on its file system.
             StorageError: the file cannot be created or written.
         """
         planned = list(tensors)
-        raw, header = build_header(planned, metadata, fill=fill)
+        raw, header = _plan(planned, metadata, fill=fill)
+        # Refused before it is begun, though another process may take the room all the same.
+        files.check_space(path.parent, header.file_bytes)
         partial = path.with_name(path.name + ".partial")
-        self._set_up(path, header, files, files.create(partial))
-        self._planned, self._fill = planned, fill
+        self._set_up(path, planned, fill, header, files, files.create(partial))
         try:
             self._put(memoryview(raw), 0)
             files.set_size(self._fd, self.header.file_bytes, self._partial)
@@ -82,7 +122,7 @@ class ShardWriter:
         files: Files,
         metadata: Mapping[str, str] | None = None,
         *,
-        finished: set[str],
+        finished: Mapping[str, str],
     ) -> ShardWriter:
         """Go on with a file that :meth:`suspend` left, or begin it.
 
@@ -91,13 +131,14 @@ class ShardWriter:
             tensors: as for the constructor; the same as before.
             files: as for the constructor.
             metadata: as for the constructor; the same as before.
-            finished: names of tensors whose bytes are in the file already.
+            finished: tensors whose bytes are in the file already, and their digests; may name
+                others as well.
         """
         planned = list(tensors)
-        raw, header = build_header(planned, metadata)
+        raw, header = _plan(planned, metadata, fill=False)
         partial = path.with_name(path.name + ".partial")
-        names = finished & header.specs.keys()
-        if not names or not files.begins_with(partial, raw, header.file_bytes):
+        names = finished.keys() & header.specs.keys()
+        if not names or not _is_the_one(partial, len(raw), header, files):
             if names:
                 raise DamagedFileError(
                     f"{partial} is not the file that was begun, and {len(names)} tensors of it "
@@ -106,21 +147,27 @@ class ShardWriter:
             files.remove(partial)
             return cls(path, planned, files, metadata)
         made = cls.__new__(cls)
-        made._set_up(path, header, files, files.open_for_writing(partial))
-        made._missing -= names
+        made._set_up(path, planned, False, header, files, files.open_for_writing(partial))
+        made.digests.update({name: finished[name] for name in names})
         return made
 
-    def _set_up(self, path: Path, header: Header, files: Files, fd: int) -> None:
+    def _set_up(
+        self,
+        path: Path,
+        planned: list[Planned],
+        fill: bool,
+        header: Header,
+        files: Files,
+        fd: int,
+    ) -> None:
         self.path = path
         self.header = header
-        self.written_bytes = 0
+        self.digests: dict[str, str] = {}
+        self._planned, self._fill = planned, fill
+        self._begun: dict[str, tuple[int, xxhash.xxh3_128]] = {}
+        self._step = bytearray()
         self._files = files
         self._partial = path.with_name(path.name + ".partial")
-        self._missing = {
-            name
-            for name, spec in header.specs.items()
-            if spec.nbytes and not name.startswith(FILLER_PREFIX)
-        }
         self._since_flush_bytes = 0
         self._sync_failed = False
         self._name_is_durable = False
@@ -137,7 +184,6 @@ class ShardWriter:
         self._account(len(data))
 
     def _account(self, nbytes: int) -> None:
-        self.written_bytes += nbytes
         self._since_flush_bytes += nbytes
         if self._since_flush_bytes >= _WRITE_BEHIND_BYTES:
             # Else a container's memory fills with dirty pages and the writer is throttled.
@@ -146,17 +192,36 @@ class ShardWriter:
                 os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
             self._since_flush_bytes = 0
 
-    def describe(self, metadata: Mapping[str, str]) -> None:
-        """Write other metadata in the place of those that were given, of the same length."""
-        raw, header = build_header(self._planned, metadata, fill=self._fill)
-        assert header.data_offset == self.header.data_offset
-        self._put(memoryview(raw), 0)
+    def write_part(self, name: str, data: memoryview) -> None:
+        """Write the next bytes of a tensor; the last ones make it complete.
 
-    def write_part(self, name: str, data: memoryview, start: int = 0) -> None:
-        """Write some bytes of a tensor, from its byte ``start`` on."""
-        offset = self.header.specs[name].offset + start
+        What is in the file agrees with its digest whoever changes ``data`` meanwhile.
+        """
+        spec = self.header.specs[name]
+        done, digest = self._begun.get(name) or (0, xxhash.xxh3_128())
+        assert done + len(data) <= spec.nbytes
         for begin in range(0, len(data), _WRITE_STEP_BYTES):
-            self._put(data[begin : begin + _WRITE_STEP_BYTES], offset + begin)
+            step = data[begin : begin + _WRITE_STEP_BYTES]
+            if not step.readonly:
+                step = self._copied(step)
+            digest.update(step)
+            self._put(step, spec.offset + done)
+            done += len(step)
+        self._count(name, done, digest)
+
+    def _copied(self, step: memoryview) -> memoryview:
+        if not self._step:
+            self._step = bytearray(min(_WRITE_STEP_BYTES, self.header.file_bytes))
+        copy = memoryview(self._step)[: len(step)]
+        copy[:] = step
+        return copy
+
+    def _count(self, name: str, done: int, digest: xxhash.xxh3_128) -> None:
+        if done < self.header.specs[name].nbytes:
+            self._begun[name] = done, digest
+            return
+        self._begun.pop(name, None)
+        self.digests[name] = digest.hexdigest()
 
     def write(self, name: str, data: memoryview) -> None:
         """Write all of a tensor's bytes."""
@@ -166,25 +231,29 @@ class ShardWriter:
                 f"cannot write {name!r} to {self.path}: {len(data)} bytes were given "
                 f"and {spec.nbytes} were planned"
             )
+        self._begun.pop(name, None)
         self.write_part(name, data)
-        self._missing.discard(name)
-
-    def finish_parts(self, name: str) -> None:
-        """Say that a tensor written by :meth:`write_part` is complete."""
-        self._missing.discard(name)
 
     def copy(self, name: str, source_fd: int, source_offset: int) -> None:
-        """Copy all of a tensor's bytes from another file, inside the kernel."""
+        """Copy all of a tensor's bytes from another file, inside the kernel.
+
+        They are read once more, from the page cache, for their digest.
+        """
         spec = self.header.specs[name]
-        done = 0
+        done, digest = 0, xxhash.xxh3_128()
+        buffer = memoryview(bytearray(min(_READ_BACK_BYTES, spec.nbytes)))
         while done < spec.nbytes:
-            step = min(_WRITE_BEHIND_BYTES, spec.nbytes - done)
+            step = min(_WRITE_STEP_BYTES, spec.nbytes - done)
             self._files.copy_range(
                 source_fd, source_offset + done, self._fd, spec.offset + done, step, self._partial
             )
+            for begin in range(done, done + step, _READ_BACK_BYTES):
+                part = buffer[: min(_READ_BACK_BYTES, done + step - begin)]
+                self._files.read_into(self._fd, part, spec.offset + begin, self._partial)
+                digest.update(part)
             self._account(step)
             done += step
-        self._missing.discard(name)
+        self._count(name, done, digest)
 
     def publish(self, *, durable: bool = True) -> Path:
         """Give the complete file its name; nothing may follow.
@@ -197,11 +266,7 @@ class ShardWriter:
             StorageError: a planned tensor was never written, or the system refuses. Unless it
                 has its name by then, the file is still there to :meth:`abandon` or to leave.
         """
-        if self._missing:
-            raise StorageError(
-                f"cannot publish {self.path}: {len(self._missing)} of its tensors were not "
-                f"written, {sorted(self._missing)[0]!r} among them"
-            )
+        self._complete()
         if durable:
             self._sync_data()
         self._files.rename(self._partial, self.path)
@@ -214,6 +279,24 @@ class ShardWriter:
         if durable:
             self._files.sync_folder(self.path.parent)
         return self.path
+
+    def _complete(self) -> None:
+        """Put the digests into the header."""
+        for name, spec in self.header.specs.items():
+            if not spec.nbytes:
+                self.digests.setdefault(name, xxhash.xxh3_128_hexdigest(b""))
+        names = [name for name in self.header.specs if needs_digest(name)]
+        missing = sorted(name for name in names if name not in self.digests)
+        if missing:
+            raise StorageError(
+                f"cannot publish {self.path}: {len(missing)} of its tensors were not "
+                f"written, {missing[0]!r} among them"
+            )
+        digests = {name: self.digests[name] for name, _, _ in self._planned}
+        metadata = {**self.header.metadata, DIGESTS_KEY: digests_as_text(self.header, digests)}
+        raw, header = build_header(self._planned, metadata, fill=self._fill)
+        assert header.data_offset == self.header.data_offset
+        self._put(memoryview(raw), 0)
 
     def sync(self) -> None:
         """Make what was written so far durable, and that the file is there.

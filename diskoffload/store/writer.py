@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Protocol
 
@@ -23,7 +22,6 @@ import xxhash
 
 from diskoffload.errors import UnsupportedTensorError
 from diskoffload.store.codec import codec_named
-from diskoffload.store.digests import DIGESTS_KEY, digests_as_text, digests_to_come
 from diskoffload.store.header import DTYPE_NAMES, FILLER_PREFIX, METADATA_KEY, Planned
 from diskoffload.store.shard import Shard
 from diskoffload.store.shard_writer import ShardWriter
@@ -40,7 +38,6 @@ from diskoffload.system.memory import elements_overlap, tensor_bytes
 
 # Compression that saves less than a tenth costs more than it gives, and hinders mapping.
 _WORTH_PACKING = 0.9
-_STEP_BYTES = 8 << 20
 _GROUPS_ON_THEIR_WAY = 1
 # Tensors larger than a group count as what they are: then one waits for the other.
 _GROUPS_IN_MEMORY = 2
@@ -226,20 +223,14 @@ class Writer:
             key: item.encoding for key, item in zip(keys, items, strict=True) if item.encoding
         }
         metadata = {ENCODING_KEY: json.dumps(encodings)} if encodings else {}
-        metadata[DIGESTS_KEY] = digests_to_come(keys)
         planned: list[Planned] = [
             (key, item.dtype, item.shape) for key, item in zip(keys, items, strict=True)
         ]
         path = self._next_path()
-        # Refused before it is begun, though another process may take the room all the same.
-        data_bytes = sum(prod(shape) * dtype.itemsize for _, dtype, shape in planned)
-        self._files.check_space(path.parent, data_bytes)
         with ShardWriter(path, planned, self._files, metadata, fill=True) as writer:
             for key, item, ticket in zip(keys, items, group, strict=True):
                 item.write(writer, key)
-                ticket.digest = item.digest
-            digests = {key: item.stored_digest for key, item in zip(keys, items, strict=True)}
-            writer.describe({**metadata, DIGESTS_KEY: digests_as_text(digests)})
+                ticket.digest = item.digest or bytes.fromhex(writer.digests[key])
             writer.publish(durable=False)
         try:
             shard = Shard(path, self._files)
@@ -301,28 +292,14 @@ class _Item:
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None
     encoding: dict[str, object] | None
-    digest: bytes = b""  # of the value
-    stored_digest: bytes = b""  # of the bytes in the file
+    digest: bytes = b""  # of the value, where that is not what is written
 
     def write(self, writer: ShardWriter, key: str) -> None:
         if self.plain is None:
-            start, digest = 0, xxhash.xxh3_128()
             for chunk in self.packed:
-                digest.update(chunk)
-                writer.write_part(key, memoryview(chunk), start)
-                start += len(chunk)
-            writer.finish_parts(key)
-            self.stored_digest = digest.digest()
-            return
-        # The digest is of the very bytes that are written, whatever else writes to the tensor.
-        digest = xxhash.xxh3_128()
-        data = tensor_bytes(self.plain)
-        for start in range(0, len(data), _STEP_BYTES):
-            step = bytes(data[start : start + _STEP_BYTES])
-            digest.update(step)
-            writer.write_part(key, memoryview(step), start)
-        writer.finish_parts(key)
-        self.digest = self.stored_digest = digest.digest()
+                writer.write_part(key, memoryview(chunk))
+        else:
+            writer.write(key, tensor_bytes(self.plain))
 
 
 def _prepare(ticket: Ticket) -> _Item:

@@ -100,19 +100,6 @@ class Files:
         with naming_faults("open once more the file", path):
             return os.dup(fd)
 
-    def begins_with(self, path: Path, prefix: bytes, nbytes: int) -> bool:
-        """Tell whether there is a file of that length that begins with those bytes."""
-        found_at = self.identity_at(path)
-        if found_at is None or found_at[2] != nbytes:
-            return False
-        fd = self.open_for_reading(path)
-        try:
-            found = bytearray(len(prefix))
-            self.read_into(fd, memoryview(found), 0, path)
-        finally:
-            self.close(fd)
-        return bytes(found) == prefix
-
     def close(self, fd: int) -> None:
         """Close a descriptor, and free what it locks; it is closed whatever is raised."""
         unlock(fd)

@@ -12,6 +12,7 @@ import torch
 from fault_cases import bare, check, check_reopened, edit, offloaded, values
 
 import diskoffload
+from diskoffload.checkpoint.publish import copy_side_files
 from diskoffload.residency.resident import Residency
 from diskoffload.store.folder import Folder
 from diskoffload.store.sweeping import sweep
@@ -188,3 +189,32 @@ def test_a_clock_that_jumps_changes_nothing(
     check(net, after)
     assert diskoffload.last_commit(net).number == 5
     assert diskoffload.commit(net).number == 6
+
+
+# ---------------------------------------------------------------- beside the weights
+
+
+@pytest.mark.parametrize("as_in_the_cache", [False, True])
+def test_a_link_out_of_the_checkpoint_is_not_published(
+    tmp_path: Path, as_in_the_cache: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The hub's cache is links to its own blobs; a link to anything else is nobody's business."""
+    place = tmp_path / ("models--a/snapshots/1" if as_in_the_cache else "checkpoint")
+    blobs = tmp_path / "models--a" / "blobs"
+    for folder in (place, blobs):
+        folder.mkdir(parents=True)
+    (blobs / "0a").write_text("a tokenizer")
+    secret = tmp_path / "id_rsa"
+    secret.write_text("secret")
+    (place / "LICENSE").symlink_to(secret)
+    (place / "README.md").write_text("read me")
+    (place / "USE.md").symlink_to("README.md")
+    (place / "tokenizer.json").symlink_to(blobs / "0a")
+    (place / "deep").symlink_to(tmp_path)
+    target = tmp_path / "out"
+    target.mkdir()
+    found = copy_side_files(place, target)
+    expected = {"README.md", "USE.md"} | ({"tokenizer.json"} if as_in_the_cache else set())
+    assert set(found) == expected
+    assert not any("secret" in (target / name).read_text() for name in found)
+    assert "LICENSE is a link to" in caplog.text

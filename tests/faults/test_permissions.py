@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from fault_cases import (
     check,
     check_committed,
@@ -28,6 +29,7 @@ from diskoffload.errors import StorageError
 from diskoffload.residency.held import held_of
 from diskoffload.store.folder import Folder
 from diskoffload.store.shard import Shard
+from diskoffload.store.shard_writer import left_of
 from diskoffload.system.files import Files, free_bytes, memory_file_system
 
 NOBODY = 65534
@@ -112,7 +114,7 @@ def test_nothing_raw_where_one_may_not_look(open_place: Path) -> None:
         answers = [
             tried(lambda: free_bytes(place / "a")),
             tried(lambda: memory_file_system(place / "a")),
-            tried(lambda: Files().begins_with(shard.path, b"", 0)),
+            tried(lambda: left_of(shard.path, [("a", torch.int8, (1,))], Files())),
             tried(lambda: Shard(shard.path, Files())),
             tried(shard.check_unchanged),
             tried(stored.load),

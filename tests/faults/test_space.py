@@ -45,8 +45,8 @@ def test_a_group_that_cannot_fit_is_refused_before_it_is_begun(
     for _ in range(2):
         with pytest.raises(NoSpaceError) as caught:
             folder.flush()
-        assert "cannot write 262144 bytes" in str(caught.value)
-        assert f"{156 * KIB} are missing" in str(caught.value)
+        assert "cannot write 262400 bytes" in str(caught.value)
+        assert "160000 are missing" in str(caught.value)
         assert caught.value.filename == str(disk / "off")
     assert [path.name for path in (disk / "off").iterdir()] == ["diskoffload.lock"]
     ballast.unlink()

@@ -202,7 +202,7 @@ DAMAGES: list[Callable[[bytes], bytes]] = [
     lambda text: b"[" * 100_000,
     lambda text: b"[1, 2]",
     lambda text: b'{"note": {"done": 24}}',
-    lambda text: text.replace(b'"format": 1', b'"format": 2'),
+    lambda text: text.replace(b'"format": 2', b'"format": 3'),
     lambda text: text.replace(b'"done": 12', b'"done": 22'),
 ]
 
@@ -274,6 +274,17 @@ def test_a_file_that_is_not_as_noted_is_written_again(
     bench.check()
 
 
+def test_stopped_again_before_the_open_file_was_reached(bench: Bench) -> None:
+    interrupt(bench, 15)
+    cut(bench.partial / "model-00001-of-00003.safetensors")
+    with pytest.raises(Interrupted):
+        bench.work(stop=stop_after(2))
+    assert noted(bench.partial) == 2
+    assert list(bench.partial.glob("model-00003*.partial"))
+    bench.work()
+    bench.check()
+
+
 # ------------------------------------------------------------------------ what it costs
 
 
@@ -302,9 +313,11 @@ def test_notes_are_few_and_small(bench: Bench, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(state, "NOTE_EVERY_SECONDS", 0)
     sizes = notes()
     assert len(sizes) == 1 + len(bench.job.outputs)
-    assert max(sizes) - min(sizes) <= 1  # whatever is done, it is told by one number
+    # Of what is done it says one number, and digests of one file's tensors: the open one's.
+    most = max(map(len, bench.job.layout.files.values()))
+    assert max(sizes) - min(sizes) <= most * 100
     shards = len(bench.job.checkpoint.shards)
-    assert max(sizes) < 3000 + 300 * shards
+    assert min(sizes) < 2000 + 300 * shards
 
 
 def test_one_note_is_enough_for_any_number_of_files(checkpoints: dict[str, Path]) -> None:

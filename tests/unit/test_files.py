@@ -135,15 +135,6 @@ def test_a_file_that_is_not_there_is_not_made(tmp_path: Path, method: str) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("prefix", "nbytes", "answer"),
-    [(b"0123", 10, True), (b"", 10, True), (b"0124", 10, False), (b"0123", 11, False)],
-)
-def test_begins_with(opened: tuple[int, Path], prefix: bytes, nbytes: int, answer: bool) -> None:
-    assert FILES.begins_with(opened[1], prefix, nbytes) is answer
-    assert FILES.begins_with(opened[1].with_name("none"), prefix, nbytes) is False
-
-
 # ---------------------------------------------------------------------------- copying
 
 SOURCE = bytes(range(256)) * 400

@@ -21,9 +21,10 @@ from shard_files import (
 from diskoffload.errors import DamagedFileError, InvalidInputError, NoSpaceError, StorageError
 from diskoffload.store.header import ALIGNMENT_BYTES
 from diskoffload.store.shard import Shard
-from diskoffload.store.shard_writer import ShardWriter
+from diskoffload.store.shard_writer import ShardWriter, left_of
 from diskoffload.system.files import Files
 from diskoffload.system.memory import tensor_bytes
+from diskoffload.verifying import verify
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -51,7 +52,6 @@ def test_success_leaves_exactly_one_file(tmp_path: Path, durable: bool) -> None:
     loaded = load_file(tmp_path / "out.safetensors")
     assert all(same(loaded[name], value) for name, value in VALUES.items())
     assert loaded["e"].shape == (0,)
-    assert writer.written_bytes == (tmp_path / "out.safetensors").stat().st_size
 
 
 @pytest.mark.parametrize("with_error", [False, True])
@@ -81,11 +81,10 @@ def test_publishing_refuses_what_was_never_written(tmp_path: Path) -> None:
 def test_a_part_alone_does_not_complete_a_tensor(tmp_path: Path) -> None:
     with begin(tmp_path) as writer:
         writer.write("b", tensor_bytes(VALUES["b"]))
-        writer.write_part("a", tensor_bytes(VALUES["a"])[80:], 80)
+        writer.write_part("a", tensor_bytes(VALUES["a"])[:80])
         with pytest.raises(StorageError, match="'a'"):
             writer.publish()
-        writer.write_part("a", tensor_bytes(VALUES["a"])[:80])
-        writer.finish_parts("a")
+        writer.write_part("a", tensor_bytes(VALUES["a"])[80:])
         writer.publish()
     assert same(load_file(tmp_path / "out.safetensors")["a"], VALUES["a"])
 
@@ -156,7 +155,17 @@ def test_a_write_error_leaves_no_file(tmp_path: Path, how: str) -> None:
     assert told == [errno.EFBIG, str(folder / "out.partial"), []]
 
 
-def test_a_full_disk_is_named_and_leaves_no_file(small_disk: Path) -> None:
+def test_what_has_no_room_is_not_begun(small_disk: Path) -> None:
+    items = [("a", torch.uint8, (8 << 20,))]
+    with pytest.raises(NoSpaceError, match="are missing"):
+        ShardWriter(small_disk / "out.safetensors", items, Files())
+    assert names_in(small_disk) == []
+
+
+def test_a_full_disk_is_named_and_leaves_no_file(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Files, "check_space", lambda *_: None)  # it was filled afterwards
     items = [("a", torch.uint8, (8 << 20,))]
     writer = ShardWriter(small_disk / "out.safetensors", items, Files())
     with pytest.raises(NoSpaceError, match="free some space") as caught, writer:
@@ -185,7 +194,6 @@ def test_filled_files_need_no_filler_written_and_align_everything(tmp_path: Path
             writer.write_part(
                 name, memoryview(bytes([shape[0]] * writer.header.specs[name].nbytes))
             )
-            writer.finish_parts(name)
         writer.publish(durable=False)
     shard = open_shard(tmp_path / "out")
     for name, _, shape in items:
@@ -251,7 +259,9 @@ def test_copies_go_through_a_buffer_where_the_kernel_cannot(
 # --------------------------------------------------------------- suspended and resumed
 
 
-def resume(folder: Path, finished: set[str], plan: list[tuple[str, torch.dtype, tuple[int, ...]]]):  # type: ignore[no-untyped-def]
+def resume(
+    folder: Path, finished: dict[str, str], plan: list[tuple[str, torch.dtype, tuple[int, ...]]]
+) -> ShardWriter:
     return ShardWriter.resumed(
         folder / "out.safetensors", plan, Files(), {"k": "v"}, finished=finished
     )
@@ -262,7 +272,7 @@ def test_a_suspended_file_is_gone_on_with(tmp_path: Path) -> None:
         writer.write("a", tensor_bytes(VALUES["a"]))
         writer.suspend()
     assert names_in(tmp_path) == ["out.safetensors.partial"]
-    with resume(tmp_path, {"a", "elsewhere"}, PLAN) as writer:
+    with resume(tmp_path, {**writer.digests, "elsewhere": "0"}, PLAN) as writer:
         with pytest.raises(StorageError, match="'b'"):
             writer.publish()
         writer.write("b", tensor_bytes(VALUES["b"]))
@@ -270,11 +280,34 @@ def test_a_suspended_file_is_gone_on_with(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["out.safetensors"]
     loaded = load_file(tmp_path / "out.safetensors")
     assert all(same(loaded[name], value) for name, value in VALUES.items())
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    with begin(whole) as writer:
+        for name, value in VALUES.items():
+            writer.write(name, tensor_bytes(value))
+        writer.publish()
+    written = [(folder / "out.safetensors").read_bytes() for folder in (tmp_path, whole)]
+    assert written[0] == written[1]  # the digests as well
+
+
+def test_a_file_killed_between_its_digests_and_its_name_is_gone_on_with(tmp_path: Path) -> None:
+    with begin(tmp_path) as writer:
+        for name, value in VALUES.items():
+            writer.write(name, tensor_bytes(value))
+        writer._complete()
+        writer.suspend()
+    path = tmp_path / "out.safetensors"
+    assert left_of(path, PLAN, Files(), {"k": "v"}) == "begun"
+    assert left_of(path, PLAN, Files(), {"k": "w"}) == "nothing"
+    with resume(tmp_path, writer.digests, PLAN) as writer:
+        writer.publish()
+    assert left_of(path, PLAN, Files(), {"k": "v"}) == "published"
+    assert verify(path).faults == []
 
 
 def test_with_nothing_finished_a_left_file_is_begun_anew(tmp_path: Path) -> None:
     (tmp_path / "out.safetensors.partial").write_bytes(b"what a killed process left")
-    with resume(tmp_path, set(), PLAN) as writer:
+    with resume(tmp_path, {}, PLAN) as writer:
         for name, value in VALUES.items():
             writer.write(name, tensor_bytes(value))
         writer.publish()
@@ -293,5 +326,5 @@ def test_a_file_that_is_not_the_one_begun_is_refused_and_left(tmp_path: Path, fa
     elif fault == "shorter":
         os.truncate(left, left.stat().st_size - 1)
     with pytest.raises(DamagedFileError, match="begin anew"):
-        resume(tmp_path, {"a"}, plan)
+        resume(tmp_path, {"a": "0" * 32}, plan)
     assert left.exists() == (fault != "missing")
