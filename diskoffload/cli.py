@@ -77,7 +77,8 @@ def _add_quantize(commands: Any) -> None:
         description=(
             "Quantize a checkpoint, data-free and round-to-nearest, straight from its files. "
             "The result loads in transformers and vLLM (format: compressed-tensors). Stopped "
-            "with Ctrl-C it ends the weight in hand; the same command then goes on."
+            "with Ctrl-C it ends the weight in hand; stopped by that, a kill or a power cut, the "
+            "same command goes on, from at most 256 MiB or 30 seconds before."
         ),
     )
     quantize.add_argument("source", metavar="SRC", help="the checkpoint's folder; only read")

@@ -30,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _MOST_NAMED = 20
+_MOST_CHARACTERS = 120
 
 
 class OffloadError(Exception):
@@ -103,4 +104,11 @@ class CheckpointMismatchError(CheckpointError):
 def listed(names: Sequence[str]) -> str:
     """Name the first few of many for a message, and say how many more there are."""
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
+    return ", ".join(map(_shown, names[:_MOST_NAMED])) + more
+
+
+def _shown(name: str) -> str:
+    """Show a name that may come from anyone's file."""
+    if name.isprintable() and len(name) <= _MOST_CHARACTERS:
+        return name
+    return f"{name[:_MOST_CHARACTERS]!a}{'...' if len(name) > _MOST_CHARACTERS else ''}"

@@ -9,12 +9,13 @@ import torch
 
 from diskoffload.cache.disk import DiskCache
 from diskoffload.cache.disk_backing import DiskBacking
-from diskoffload.errors import CommitError
+from diskoffload.errors import CommitError, DamagedFileError
 from diskoffload.residency.held import Held
 from diskoffload.residency.resident import Residency
 from diskoffload.residency.storages import ViewBacking
 from diskoffload.store.commits import Entry
 from diskoffload.store.folder import Folder
+from diskoffload.store.json_reader import brief
 from diskoffload.store.shard import Shard
 from diskoffload.store.stored import Stored, StridedTensor, stored_tensors
 
@@ -102,6 +103,11 @@ class Overlay:
         file, key = entry["at"]
         if file not in self._tensors:
             self._tensors[file] = stored_tensors(self._shard_of(file))
+        if key not in self._tensors[file]:
+            raise DamagedFileError(
+                f"{self._folder.path / file} does not hold {brief(key)}, which was committed as "
+                f"{brief(name)}: the journal is damaged; restore both from a copy"
+            )
         stored: Stored = self._tensors[file][key]
         if "strides" in entry:
             stored = StridedTensor(stored, tuple(entry["strides"]))

@@ -169,7 +169,9 @@ def _read_without_lock(place: Path) -> tuple[Committed, dict[str, Shard]]:
                 raise  # it was not the owner who took it away
             last_error = error
             continue
-        return committed, shards  # each keeps its descriptor, and so what its owner removes
+        for shard in shards.values():
+            shard.rest(keep=True)  # what its owner removes meanwhile stays readable
+        return committed, shards
     raise last_error
 
 

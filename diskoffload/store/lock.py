@@ -16,7 +16,7 @@ from typing import Protocol
 from diskoffload.errors import StorageError
 from diskoffload.store.journal import JOURNAL_NAME, NEW_SUFFIX
 from diskoffload.store.shard import Shard
-from diskoffload.system.files import Files
+from diskoffload.system.files import Files, naming_faults
 
 LOCK_NAME = "diskoffload.lock"
 SHARD_PREFIX = "diskoffload-"
@@ -86,7 +86,10 @@ class Ownership:
 
     def _is_free(self) -> bool:
         user = self._user() if self._user is not None else None
-        return (user is None or not user.is_open) and (self.path / LOCK_NAME).exists()
+        if user is not None and user.is_open:
+            return False
+        with naming_faults("look at the lock of the folder", self.path):
+            return (self.path / LOCK_NAME).exists()
 
     def next_path(self) -> Path:
         """Give the path of a new shard; no earlier process can have used it."""
@@ -143,8 +146,9 @@ def is_shard_name(name: str) -> bool:
 
 def leftovers(folder: Path) -> list[Path]:
     """List the shards in a folder, whole or begun, by their names; links are nobody's shards."""
-    found = [path for path in folder.iterdir() if _SHARD_NAME.fullmatch(path.name)]
-    return sorted(path for path in found if path.is_file() and not path.is_symlink())
+    with naming_faults("list the folder", folder):
+        found = [path for path in folder.iterdir() if _SHARD_NAME.fullmatch(path.name)]
+        return sorted(path for path in found if path.is_file() and not path.is_symlink())
 
 
 def _leave_shard(

@@ -105,16 +105,18 @@ class Shard:
             made._fd = self._files.duplicate(self._fd, self.path)
         return made
 
-    def rest(self) -> None:
+    def rest(self, *, keep: bool = False) -> None:
         """Map the file and close the descriptor; later reads open it by its name.
 
-        For files that nobody should rename: a model's thousands of shards would need more
-        descriptors than a process may have. If somebody removes one all the same, its
-        mapping still has the bytes, where it could be mapped.
+        A model's thousands of shards would need more descriptors than a process may have. If
+        somebody removes a file, its mapping still has the bytes.
+
+        Args:
+            keep: keep the descriptor where the file cannot be mapped, because it may be removed.
         """
         with self._lock:
-            self._map()
-            self._close()
+            if self._map() is not None or not keep:
+                self._close()
 
     def is_gone(self) -> bool:
         """Whether its name leads elsewhere, and only the mapping, with its edits, has the bytes."""

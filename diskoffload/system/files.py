@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,9 +82,19 @@ class Files:
         self.may_map = may_map
 
     def open_for_reading(self, path: Path) -> int:
-        """Open an existing file; the caller closes the descriptor."""
+        """Open an existing regular file; the caller closes the descriptor."""
         with naming_faults("open the file", path):
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # A pipe would otherwise be waited for.
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    raise StorageError(
+                        errno.EINVAL, "could not open the file: it is no regular file", str(path)
+                    )
+            except BaseException:
+                os.close(fd)
+                raise
+            return fd
 
     def create(self, path: Path) -> int:
         """Create a file that must not exist yet, with the user's umask."""
