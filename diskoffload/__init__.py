@@ -9,7 +9,8 @@ from diskoffload.cache.modes import disable_offloading, disable_onloading
 from diskoffload.cache.tracing import release_traced
 from diskoffload.checkpoint.open import open_checkpoint
 from diskoffload.checkpoint.save import save_checkpoint
-from diskoffload.committing import commit, last_commit
+from diskoffload.committing.commit import commit, last_commit
+from diskoffload.committing.reopen import reopen
 from diskoffload.dispatch import (
     dispatch_model,
     dispatch_with_map,
@@ -49,7 +50,6 @@ from diskoffload.module import (
     update_offload_parameter,
 )
 from diskoffload.plan import Plan
-from diskoffload.reopening import reopen
 from diskoffload.store.commits import Committed
 from diskoffload.store.sweeping import sweep
 from diskoffload.verifying import verify

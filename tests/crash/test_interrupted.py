@@ -20,7 +20,7 @@ from witness import Witness
 import diskoffload
 
 FILES = ("store/journal.py", "store/commits.py", "store/folder.py", "store/lock.py")
-FILES = (*FILES, "/committing.py")
+FILES = (*FILES, "committing/commit.py", "committing/table.py")
 
 
 class Interrupt:

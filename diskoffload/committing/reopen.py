@@ -14,6 +14,7 @@ from diskoffload.cache.disk import DiskCache
 from diskoffload.checkpoint.fingerprint import check_fingerprint
 from diskoffload.checkpoint.open import open_checkpoint
 from diskoffload.checkpoint.source import Checkpoint
+from diskoffload.committing.overlay import Overlay
 from diskoffload.errors import (
     AlreadyOffloadedError,
     CommitError,
@@ -22,7 +23,6 @@ from diskoffload.errors import (
     listed,
 )
 from diskoffload.module import attach_caches, is_offloaded
-from diskoffload.overlay import Overlay
 from diskoffload.planning import parse_bytes
 from diskoffload.residency.resident import Residency, default_residency
 from diskoffload.store.commits import Commits, Committed

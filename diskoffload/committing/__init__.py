@@ -1,0 +1,1 @@
+"""What an offloaded model holds, made durable, and taken up again."""

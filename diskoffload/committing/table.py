@@ -1,0 +1,234 @@
+"""The table of a commit: where each value of a model is, once it is on disk."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from diskoffload.cache.compacting import leave_dead_files
+from diskoffload.cache.disk_backing import DiskBacking
+from diskoffload.checkpoint.fingerprint import fingerprint_of
+from diskoffload.checkpoint.open import Binding, binding_of
+from diskoffload.committing.shown import Faces, Shown, Value, has_value, identity, is_view
+from diskoffload.errors import CommitError, UnsupportedTensorError
+from diskoffload.residency.held import Held
+from diskoffload.residency.resident import Residency, current_value
+from diskoffload.residency.storages import ViewBacking
+from diskoffload.store.commits import Committed, Entry
+from diskoffload.store.folder import Folder
+from diskoffload.store.shard import Shard
+from diskoffload.store.stored import EncodedTensor, ShardTensor, Stored, StridedTensor
+from diskoffload.store.writer import Ticket, digest_of
+
+# How often a tensor that another thread keeps changing is written before it is given up.
+_MOST_TRIES = 3
+
+
+class Table:
+    """The values of one commit, on their way into its table."""
+
+    def __init__(self, model: torch.nn.Module, folder: Folder) -> None:
+        self._folder = folder
+        self._binding = binding_of(model)
+        self._faces = Faces(model)
+        self._entries: dict[str, Entry] = {}
+        self._shards: dict[str, Shard] = {}
+        self._reused: set[str] = set()
+        self._keys: dict[str, tuple[object, ...]] = {}
+        self._unchanged: set[Held] = set()
+
+    def commit(self, note: Any) -> Committed:
+        """Have every value on disk, and commit where they are; the folder's turn is held."""
+        folder, last = self._folder, self._folder.last_commit
+        with ExitStack() as locks:
+            for residency in self._residencies():
+                locks.enter_context(residency.lock)
+                self._unchanged |= residency.sync(self._goes_here)
+            shown = list(self._faces.shown())
+            leave_dead_files(folder, self._entries_in_files())
+            roots = [(one.name, root) for one in shown if (root := one.root) is not None]
+            where = self._where(roots)
+            source, names = self._source(last)
+            self._describe(shown, where, names)
+            values = dict(roots)
+            remembered: dict[str, tuple[object, Entry]] = {
+                name: (key, self._at(where[id(values[name])])) for name, key in self._keys.items()
+            }
+        born = last.born
+        if source is None and born is None:
+            born = self._born(shown)
+        wanted = Committed(
+            entries=self._entries,
+            shards={name: last.shards[name] for name in self._reused},
+            note=note,
+            source=source,
+            born=born,
+        )
+        made = folder.commit(wanted, self._shards.values())
+        folder.remembered = remembered  # older ones may be in files that are gone now
+        return made
+
+    def _entries_in_files(self) -> dict[Held, Residency]:
+        return {
+            held.root: cache.residency
+            for cache in self._faces.caches
+            for _, held in cache.held_items()
+            if held is not None
+        }
+
+    def _residencies(self) -> list[Residency]:
+        found = {id(cache.residency): cache.residency for cache in self._faces.caches}
+        return [found[key] for key in sorted(found)]  # in one order, whoever commits
+
+    # ------------------------------------------------------------------ where values are
+
+    def _where(self, roots: list[tuple[str, Value]]) -> dict[int, Stored | Entry]:
+        """Have every value in a file; tell where, by the identity of what holds it."""
+        values = {id(root): (root, name) for name, root in roots}
+        where: dict[int, Stored | Entry] = {}
+        waiting = list(values.values())
+        for _ in range(_MOST_TRIES):
+            tickets = {}
+            for value, name in waiting:
+                found = self._found(value, name)
+                if isinstance(found, Ticket):
+                    tickets[id(value)] = found
+                else:
+                    where[id(value)] = found
+            if not tickets:
+                return where
+            self._folder.flush()
+            waiting = [pair for pair in waiting if id(pair[0]) in tickets]
+            for value, name in waiting:
+                ticket = tickets[id(value)]
+                if ticket.stored is not None:
+                    where[id(value)] = ticket.stored
+                    # It may have been edited meanwhile; what counts is what was written.
+                    self._keys[name] = (ticket.digest, *self._keys[name][1:])
+            waiting = [pair for pair in waiting if id(pair[0]) not in where]
+        raise CommitError(
+            f"could not commit to {self._folder.path}: {waiting[0][1]!r} was not written though "
+            "the writer says that all is; report this"
+        )
+
+    def _found(self, value: Value, name: str) -> Stored | Entry | Ticket:
+        """Tell where a value is; if it is in no file that a commit may name, have it written."""
+        tensor: torch.Tensor | None = value if isinstance(value, torch.Tensor) else None
+        if isinstance(value, Held):
+            backing, tensor = value.backing, None
+            if value not in self._unchanged:
+                backing, tensor = current_value(value)
+            if isinstance(backing, DiskBacking) and backing.stored is not None:
+                stored = backing.stored
+                doubtful = any(self._folder.is_suspect(shard) for shard in stored.shards)
+                if not doubtful and (self._is_own(stored) or self._is_of_source(value, stored)):
+                    return stored
+                tensor = stored.load()
+            elif tensor is None and backing is not None:
+                tensor = backing.memory
+        if tensor is None or not has_value(tensor):
+            raise UnsupportedTensorError(
+                f"cannot commit {name!r}: it has no value that could be written "
+                f"(a {type(value).__name__} on the meta device, or another stand-in)"
+            )
+        key = (digest_of(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        self._keys[name] = key
+        known, entry = self._folder.remembered.get(name, (None, {}))
+        return entry if known == key else self._folder.put(name, tensor.detach(), None)
+
+    def _goes_here(self, held: Held) -> bool:
+        backing = held.root.backing
+        return isinstance(backing, DiskBacking) and backing.folder is self._folder
+
+    def _is_own(self, stored: Stored) -> bool:
+        return all(self._folder.owns(shard) for shard in stored.shards)
+
+    def _is_of_source(self, held: Held, stored: Stored) -> bool:
+        binding = self._binding
+        return binding is not None and held.name in binding.recipes and not self._is_own(stored)
+
+    # ------------------------------------------------------------------ the table
+
+    def _source(self, last: Committed) -> tuple[dict[str, Any] | None, set[str]]:
+        binding = self._binding
+        if binding is None:
+            return None, set()
+        names = {*binding.recipes, *self._faces.born()}
+        if last.source is not None and last.source["path"] == str(binding.checkpoint.path):
+            return dict(last.source), names
+        return source_of(binding), names
+
+    def _describe(
+        self, shown: list[Shown], where: dict[int, Stored | Entry], source_names: set[str]
+    ) -> None:
+        first: dict[int, str] = {}
+        for one in shown:
+            value = one.value
+            if value is None:
+                self._entries[one.name] = one.described({"at": None})
+                continue
+            tie = first.setdefault(identity(value), one.name)
+            if tie != one.name:
+                self._entries[one.name] = one.described({"at": {"tie": tie}})
+                continue
+            if is_view(value):
+                assert isinstance(value, Held)
+                assert isinstance(value.backing, ViewBacking)
+                root = f"{one.name}#{id(value.root)}"
+                root = first.setdefault(id(value.root), root)
+                at: Entry = {"at": {"view": root, **value.backing.described()}}
+                self._entries[one.name] = one.described(at)
+                self._entries[root] = {**self._root_at(value.root, where), "is": "root"}
+                continue
+            found = where[id(value)]
+            if not isinstance(found, dict) and not self._is_own(found):
+                assert isinstance(value, Held)  # only entries lie in the source
+                # Without an entry it is as the source says, and can be trained.
+                if value.name != one.name or one.is_frozen(found.dtype):
+                    self._entries[one.name] = one.described({"at": {"source": value.name}})
+                continue
+            self._entries[one.name] = one.described(self._at(found))
+        for name in source_names - {one.name for one in shown}:
+            self._entries[name] = {"at": None, "is": "gone"}
+
+    def _root_at(self, root: Held, where: dict[int, Stored | Entry]) -> Entry:
+        found = where[id(root)]
+        in_source = not isinstance(found, dict) and not self._is_own(found)
+        return {"at": {"source": root.name}} if in_source else self._at(found)
+
+    def _at(self, found: Stored | Entry) -> Entry:
+        if isinstance(found, dict):
+            self._reused.add(found["at"][0])
+            return found
+        strides: tuple[int, ...] | None = None
+        if isinstance(found, StridedTensor):
+            strides = found.strides
+            found = found.inner
+        assert isinstance(found, (ShardTensor, EncodedTensor))  # the writer makes no other
+        self._shards[found.shard.path.name] = found.shard
+        entry: Entry = {"at": [found.shard.path.name, found.spec.name]}
+        return entry if strides is None else {**entry, "strides": list(strides)}
+
+    def _born(self, shown: list[Shown]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Give dtype and shape of every tensor as it was offloaded; of plain modules, as it is."""
+        layouts = {
+            one.name: (one.value.dtype, tuple(one.value.shape))
+            for one in shown
+            if isinstance(one.value, torch.Tensor)
+        }
+        layouts.update(self._faces.born())
+        return {
+            name: (str(dtype).removeprefix("torch."), shape)
+            for name, (dtype, shape) in layouts.items()
+        }
+
+
+def source_of(binding: Binding) -> dict[str, Any]:
+    """Describe the checkpoint that a model was opened from, so that it is known again."""
+    return {
+        "path": str(binding.checkpoint.path),
+        "dtype": None if binding.dtype is None else str(binding.dtype).removeprefix("torch."),
+        "files": fingerprint_of(binding.checkpoint),
+    }
