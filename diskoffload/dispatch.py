@@ -23,7 +23,8 @@ from diskoffload.module import (
 )
 from diskoffload.planning import format_bytes
 from diskoffload.progress import count_bar
-from diskoffload.store.folder import Folder, open_folders
+from diskoffload.store.folder import Folder
+from diskoffload.store.open_folders import open_folders
 from diskoffload.system.devices import usable_device
 
 _log = logging.getLogger(__name__)

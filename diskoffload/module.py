@@ -15,7 +15,8 @@ from diskoffload.cache.device import DeviceCache
 from diskoffload.cache.disk import DiskCache
 from diskoffload.errors import AlreadyOffloadedError, InvalidInputError
 from diskoffload.forward import unwrap_forward, wrap_forward
-from diskoffload.store.folder import Folder, open_folders
+from diskoffload.store.folder import Folder
+from diskoffload.store.open_folders import open_folders
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 

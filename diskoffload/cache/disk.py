@@ -15,7 +15,8 @@ from diskoffload.errors import InvalidInputError, StorageError
 from diskoffload.residency.held import Backing, Held, State
 from diskoffload.residency.resident import Residency
 from diskoffload.store.codec import codec_named
-from diskoffload.store.folder import Folder, open_folders
+from diskoffload.store.folder import Folder
+from diskoffload.store.open_folders import open_folders
 from diskoffload.system.memory import (
     empty,
 )

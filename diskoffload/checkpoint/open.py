@@ -37,7 +37,8 @@ from diskoffload.planning import format_bytes, parse_bytes
 from diskoffload.residency.held import Held, State
 from diskoffload.residency.objects import object_like
 from diskoffload.residency.resident import Residency, default_residency
-from diskoffload.store.folder import Folder, open_folders
+from diskoffload.store.folder import Folder
+from diskoffload.store.open_folders import open_folders
 from diskoffload.store.recipe import Recipe
 from diskoffload.store.stored import AssembledTensor, CastTensor, ShardTensor, Stored
 

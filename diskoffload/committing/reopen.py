@@ -26,8 +26,9 @@ from diskoffload.module import attach_caches, is_offloaded
 from diskoffload.planning import parse_bytes
 from diskoffload.residency.resident import Residency, default_residency
 from diskoffload.store.commits import Commits, Committed
-from diskoffload.store.folder import Folder, open_committed, open_folders
+from diskoffload.store.folder import Folder, open_committed
 from diskoffload.store.journal import JOURNAL_NAME, Journal
+from diskoffload.store.open_folders import open_folders
 from diskoffload.store.shard import Shard
 from diskoffload.store.stored import stored_tensors
 from diskoffload.system.files import Files, naming_faults

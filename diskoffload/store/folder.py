@@ -19,7 +19,6 @@ from diskoffload.errors import (
     ClosedError,
     CommitError,
     DamagedFileError,
-    InvalidInputError,
     StorageError,
     listed,
 )
@@ -339,35 +338,3 @@ def open_committed(folder: Path, name: str, committed: Committed, files: Files) 
 def _end_writer(writer: Writer, pid: int) -> None:
     if os.getpid() == pid:
         writer.close()
-
-
-class OpenFolders:
-    """The folders that are open now, so that one path is one folder. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._by_path: weakref.WeakValueDictionary[str, Folder] = weakref.WeakValueDictionary()
-
-    def at(self, place: Folder | Path | str | None) -> Folder:
-        """Give the folder at a path, opening it if this process has not yet.
-
-        Raises:
-            InvalidInputError: the place is neither a path nor a folder.
-        """
-        if isinstance(place, Folder):
-            return place
-        if place is None:
-            return Folder()
-        if not isinstance(place, (str, os.PathLike)):
-            raise InvalidInputError(f"offload_dir must be a path, not {type(place).__name__}")
-        key = os.path.realpath(os.path.expanduser(place))
-        with self._lock:
-            folder = self._by_path.get(key)
-            if folder is None or not folder.is_open:
-                folder = Folder(place)
-                self._by_path[key] = folder
-            return folder
-
-
-open_folders = OpenFolders()
-"""A folder's lock is held by the process, so the process must know which it holds."""

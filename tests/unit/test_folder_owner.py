@@ -13,8 +13,9 @@ import torch
 from shard_files import run_python, start_python
 
 from diskoffload.errors import FolderInUseError, InvalidInputError, StorageError
-from diskoffload.store.folder import Folder, open_folders
+from diskoffload.store.folder import Folder
 from diskoffload.store.lock import LOCK_NAME, SHARD_PREFIX
+from diskoffload.store.open_folders import open_folders
 from diskoffload.store.writer import Ticket
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -80,7 +81,8 @@ FORK = """
 import gc, os, sys, torch
 from pathlib import Path
 from diskoffload.errors import ClosedError
-from diskoffload.store.folder import Folder, open_folders
+from diskoffload.store.folder import Folder
+from diskoffload.store.open_folders import open_folders
 
 def refused(call):
     try:
@@ -122,7 +124,8 @@ def test_a_forked_child_reads_and_neither_writes_nor_removes(place: Path) -> Non
 EXIT = """
 import sys, threading, torch
 from pathlib import Path
-from diskoffload.store.folder import Folder, open_folders
+from diskoffload.store.folder import Folder
+from diskoffload.store.open_folders import open_folders
 
 place = Path(sys.argv[1])
 held = open_folders.at(place / "a")
