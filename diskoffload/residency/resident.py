@@ -36,7 +36,7 @@ _RESERVE_SHARE = 0.1
 # Mapped tensors that may be edited before anyone looks: at least so much, else this share of
 # what is available, and of max_bytes where it is given.
 _LEAST_WINDOW_BYTES = 32 << 20
-_WINDOW_SHARE = 2
+_WINDOW_SHARE = 4
 # What keeps an edit in memory until a sync, which tells: a reader of something else is not told.
 _CANNOT_WRITE = (ClosedError, StorageError)
 # How many entries in use are looked at again per slow operation: keeps each one O(1).

@@ -38,7 +38,8 @@ FAST = settings(
     phases=(Phase.generate, Phase.shrink),
     suppress_health_check=list(HealthCheck),
 )
-LONG = settings(FAST, max_examples=1500, stateful_step_count=60, derandomize=False)
+MORE = settings(FAST, max_examples=150, stateful_step_count=60)
+LONG = settings(MORE, max_examples=1500, derandomize=False)
 
 entries = st.sampled_from(ENTRIES)
 some = st.integers(0, 1000)  # which of the tensors that are held, whose number varies
@@ -324,6 +325,13 @@ def test_fast(way: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("way", WAYS)
+def test_more(way: str, tmp_path: Path) -> None:
+    run_state_machine_as_test(lambda: CacheMachine(way, tmp_path), settings=MORE)
+
+
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("way", WAYS)
 def test_long(way: str, tmp_path: Path) -> None:
