@@ -413,6 +413,7 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
         with self.residency.lock:
             self._held[key] = held
             held.bind(Showing(self._published, key, self.onload_device))
+            self.residency.expect(held)
             self.residency.unpark(held)
 
     def _drop(self, key: Any, held: Held | None) -> None:

@@ -10,7 +10,7 @@ from diskoffload.residency.held import Backing
 from diskoffload.store.folder import Folder
 from diskoffload.store.header import ALIGNMENT_BYTES
 from diskoffload.store.shard import Shard
-from diskoffload.store.stored import Stored
+from diskoffload.store.stored import ShardTensor, Stored
 from diskoffload.store.writer import Ticket
 from diskoffload.system.memory import PAGE_BYTES, discard_written, tensor_bytes, written_pages
 
@@ -47,6 +47,11 @@ class DiskBacking:
             assert stored is not None  # only a value not written yet has no place
             layout = (stored.dtype, stored.shape)
         self.layout = layout
+
+    @property
+    def plain_stored(self) -> ShardTensor | None:
+        """The tensor in a file whose bytes are the value's, if there is one."""
+        return self.stored if isinstance(self.stored, ShardTensor) else None
 
     def view_of(self, whole: torch.Tensor) -> torch.Tensor:
         """Do nothing: there is no root to view."""

@@ -16,6 +16,7 @@ class RamBacking:
     """A value in the memory of a device; on that device an entry's object lies right on it."""
 
     root = None
+    plain_stored = None
 
     def __init__(self, memory: torch.Tensor) -> None:
         # An alias: the object itself may be laid on another device's memory.

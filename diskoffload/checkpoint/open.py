@@ -36,7 +36,8 @@ from diskoffload.module import attach_caches, is_offloaded
 from diskoffload.planning import format_bytes, parse_bytes
 from diskoffload.residency.held import Held, State
 from diskoffload.residency.objects import object_like
-from diskoffload.residency.resident import Residency, default_residency
+from diskoffload.residency.resident import Residency, residency_for
+from diskoffload.residency.streaming import Mode
 from diskoffload.store.folder import Folder
 from diskoffload.store.open_folders import open_folders
 from diskoffload.store.recipe import Recipe
@@ -84,6 +85,7 @@ def open_checkpoint(
     max_memory: Mapping[Any, int | float | str] | int | str | None = None,
     compression: str | None = None,
     align: bool = False,
+    mode: Mode = "auto",
 ) -> torch.nn.Module:
     """Open a Hugging Face checkpoint where it lies, as a model whose weights stay on disk.
 
@@ -110,6 +112,11 @@ def open_checkpoint(
         align: copy weights that the file does not align to 64 bytes when they are used,
             rather than map them. Values are the same either way; the last bits of sums may
             differ, because kernels take another path for unaligned memory.
+        mode: how weights are held on the CPU that lie in their files as they are used.
+            ``"mapped"``: in the kernel's page cache, at no memory of the process's own;
+            ``"streamed"``: read past that cache into buffers, as much as ``max_memory`` allows
+            is kept, what is needed next is read ahead; ``"auto"``: mapped as long as they fit
+            what is available, else streamed. The log says what was chosen, and why.
 
     Returns:
         The model, in eval mode if it was built here. It owns the folder and the mappings.
@@ -136,7 +143,7 @@ def open_checkpoint(
     _refuse_misfits(checkpoint, found)
     budgets = {"cpu": max_memory} if isinstance(max_memory, (int, str)) else dict(max_memory or {})
     ram = budgets.get("cpu")
-    residency = default_residency if ram is None else Residency(parse_bytes(ram))
+    residency = residency_for(None if ram is None else parse_bytes(ram), mode)
     folder = _folder_beside(checkpoint, offload_dir)
     options = _CacheOptions(onload_device, folder, compression, residency, align, dtype)
     converted = convert_all(model, checkpoint, found.conversions, folder, compression)

@@ -24,7 +24,8 @@ from diskoffload.errors import (
 )
 from diskoffload.module import attach_caches, is_offloaded
 from diskoffload.planning import parse_bytes
-from diskoffload.residency.resident import Residency, default_residency
+from diskoffload.residency.resident import Residency, residency_for
+from diskoffload.residency.streaming import Mode
 from diskoffload.store.commits import Commits, Committed
 from diskoffload.store.folder import Folder, open_committed
 from diskoffload.store.journal import JOURNAL_NAME, Journal
@@ -48,6 +49,7 @@ def reopen(
     max_memory: int | str | None = None,
     compression: str | None = None,
     align: bool = False,
+    mode: Mode = "auto",
     verify: Verify | None = None,
     read_only: bool = False,
 ) -> torch.nn.Module:
@@ -66,6 +68,7 @@ def reopen(
         max_memory: bytes for copies in RAM, as of :func:`diskoffload.open_checkpoint`.
         compression: ``None`` or ``"zstd"``, for what is written from now on.
         align: as of :func:`diskoffload.open_checkpoint`.
+        mode: as of :func:`diskoffload.open_checkpoint`.
         verify: ``"full"`` compares every committed tensor with its checksum now, which reads
             all of them; ``"first_read"`` each one before it is read first. Journal, headers
             and lengths are always checked, and what is decoded or copied is always compared.
@@ -109,12 +112,13 @@ def reopen(
             dtype=None if dtype is None else getattr(torch, dtype),
             max_memory=max_memory,
             align=align,
+            mode=mode,
             **options,
         )
         mine: Any = made._parameters
         residency: Residency = mine.residency
     else:
-        residency = default_residency if max_memory is None else Residency(parse_bytes(max_memory))
+        residency = residency_for(None if max_memory is None else parse_bytes(max_memory), mode)
         made = _from_model(
             committed,
             place,

@@ -15,6 +15,9 @@ class Locked(Protocol):
     def lock(self) -> threading.RLock:
         """The lock."""
 
+    def quiesce(self) -> None:
+        """Wait, with the lock, for what must not be under way in a fork."""
+
 
 def quiesce_at_fork(owner: Locked) -> None:
     """Have every fork wait until no other thread is inside the owner's lock."""
@@ -25,6 +28,7 @@ def _lock_all() -> None:
     _forking.owners = list(_owners)
     for owner in _forking.owners:
         owner.lock.acquire()
+        owner.quiesce()
 
 
 def _unlock_all() -> None:

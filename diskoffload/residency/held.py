@@ -25,7 +25,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from diskoffload.residency.objects import object_like, uses_of
+from diskoffload.store.stored import ShardTensor
 from diskoffload.store.writer import Ticket, digest_of
+from diskoffload.system.memory import Memory
 
 
 class State(enum.Enum):
@@ -52,6 +54,10 @@ class Backing(Protocol):
     @property
     def root(self) -> Held | None:
         """The entry that the value is a view of, if it is one."""
+
+    @property
+    def plain_stored(self) -> ShardTensor | None:
+        """The tensor in a file whose bytes are the value's, if there is one."""
 
     def view_of(self, whole: torch.Tensor) -> torch.Tensor:
         """Give that view of the root's memory."""
@@ -107,6 +113,7 @@ class Held:
         keepers: how many ``disable_offloading`` contexts want it to stay.
         mates: every entry that was seen on the same storage, this one included.
         views: of a root, the entries that are views of it; they lie wherever it lies.
+        buffer: memory to be used again when the object no longer lies on it.
     """
 
     __slots__ = (
@@ -119,6 +126,7 @@ class Held:
         "_template",
         "backing",
         "bindings",
+        "buffer",
         "keepers",
         "mates",
         "name",
@@ -145,6 +153,7 @@ class Held:
         self.ticket: Ticket | None = None
         self.bindings: list[Showing] = []
         self.keepers = 0
+        self.buffer: Memory | None = None
         self.place: torch.device | None = None
         self.mates: list[weakref.ref[Held]] | None = None
         self.views: weakref.WeakSet[Held] | None = None
@@ -290,8 +299,15 @@ class Held:
 
     # ------------------------------------------------------------ what lies beneath
 
-    def lay(self, value: torch.Tensor, state: State) -> None:
-        """Put memory beneath the object; ``value``'s other users keep sharing it."""
+    def lay(self, value: torch.Tensor, state: State, digest: bytes = b"") -> None:
+        """Put memory beneath the object; ``value``'s other users keep sharing it.
+
+        Args:
+            value: the memory.
+            state: what it is.
+            digest: of its bytes, where that is known.
+        """
+        self.buffer = None
         following = self._laid_views()
         tensor = self.tensor
         if tensor is None:
@@ -305,7 +321,7 @@ class Held:
         if state is State.BENEATH:
             self._address = tensor.data_ptr()
         elif state is State.LOADED:
-            self._digest = digest_of(tensor)
+            self._digest = digest or digest_of(tensor)
         for view in following:
             assert view.backing is not None  # it says which part of this it is
             view.lay(view.backing.view_of(tensor), State.BENEATH)
@@ -315,9 +331,9 @@ class Held:
 
     def hand_over(self, heir: Held) -> None:
         """Give another entry, whose object lies on the same memory, all that is known of it."""
-        heir.state, heir.ticket = self.state, self.ticket
+        heir.state, heir.ticket, heir.buffer = self.state, self.ticket, self.buffer
         heir._digest, heir._address, heir._strides = self._digest, self._address, self._strides
-        self.ticket = None
+        self.ticket = self.buffer = None
 
     def let_go(self) -> None:
         """Leave the object as it is from now on: its value is none of our business any more."""
@@ -332,7 +348,7 @@ class Held:
         # No elements rather than no memory: a stray use is then a clear error, not a crash.
         with torch.inference_mode(False):
             self.tensor.data = torch.empty(0, dtype=self.tensor.dtype, device=self.tensor.device)
-        self.state = State.VACANT
+        self.state, self.buffer = State.VACANT, None
 
     def is_unheld(self) -> bool:
         """Whether nothing but the entry uses object and memory. Only true when unpublished."""

@@ -13,17 +13,21 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from typing import get_args
 
 import torch
 
-from diskoffload.errors import ClosedError, StorageError
+from diskoffload.errors import ClosedError, InvalidInputError, StorageError
 from diskoffload.residency.edits import unedited
 from diskoffload.residency.forking import quiesce_at_fork
 from diskoffload.residency.held import Backing, Held, State
 from diskoffload.residency.objects import is_ours_to_move
 from diskoffload.residency.parking import Parking
 from diskoffload.residency.storages import Storages, become_view, root_of
+from diskoffload.residency.streaming import Mode, Streaming
 from diskoffload.residency.window import Window
+from diskoffload.store.shard import buffer_bytes
+from diskoffload.store.stored import ShardTensor
 from diskoffload.store.writer import Ticket
 from diskoffload.system.headroom import Headroom
 from diskoffload.system.memory import empty, trim_heap
@@ -57,8 +61,22 @@ class Residency:
     Thread-safe.
     """
 
-    def __init__(self, max_bytes: int | None = None, headroom: Headroom | None = None) -> None:
+    def __init__(
+        self,
+        max_bytes: int | None = None,
+        headroom: Headroom | None = None,
+        mode: Mode = "auto",
+    ) -> None:
+        """Begin with nothing in memory.
+
+        Args:
+            max_bytes: what loaded copies may take; ``None``: what is available.
+            headroom: tells what is available.
+            mode: how weights are held that lie on disk as they are used: ``"mapped"``,
+                ``"streamed"``, or ``"auto"``, mapped as long as they fit what is available.
+        """
         self.max_bytes = max_bytes
+        self._streaming = Streaming(mode)
         self.lock = threading.RLock()
         self.evicted_count = 0
         self.loaded_count = 0
@@ -81,6 +99,19 @@ class Residency:
         with self.lock:
             return sum(self._loaded.values())
 
+    def expect(self, held: Held) -> None:
+        """Note that a module shows an entry, in the order in which modules do."""
+        self._streaming.expect(held)
+
+    @property
+    def streams(self) -> bool:
+        """Whether weights are streamed now, rather than mapped."""
+        return self._streaming.is_on
+
+    def quiesce(self) -> None:
+        """Wait until nothing is being read; the lock is held."""
+        self._streaming.quiesce()
+
     def entries(self) -> list[Held]:
         """List every entry that is bound to a module."""
         with self.lock:
@@ -100,6 +131,13 @@ class Residency:
             # A tensor made in inference mode would be one for life, and refuse autograd.
             with torch.inference_mode(False):
                 self._settle()
+                root = held.root
+                if root.backing is not None and root.backing.memory is None:
+                    self._decide()
+                if self._streaming.to_stream(root) is not None:
+                    self._streaming.note_read(root)
+                    if root.state is State.BENEATH:
+                        self.vacate_mapped(root)  # from when it was mapped
                 if held.state is State.VACANT or self._is_elsewhere(held, device):
                     self._bring(held, device)
                     held.place = device
@@ -108,6 +146,14 @@ class Residency:
                     self._window.enter(root)
                     self._look_at_what_leaves()
             return held.publish()
+
+    def _decide(self) -> None:
+        self._streaming.decide(self._room_bytes, self._headroom.explain)
+
+    def _room_bytes(self) -> int:
+        """Tell what is available, or is taken by what we could give back."""
+        ours_bytes = self._used_bytes() + self._streaming.buffers.free_bytes
+        return ours_bytes + self._headroom.available_bytes()
 
     def _look_at_what_leaves(self) -> None:
         """Write edits of mapped entries that were not read lately, and have their pages back."""
@@ -138,6 +184,10 @@ class Residency:
     def _bring(self, held: Held, device: torch.device) -> None:
         backing = held.backing
         assert backing is not None  # only AS_IS entries have none, and they are never vacant
+        stored = self._streaming.to_stream(held) if device.type == "cpu" else None
+        if stored is not None and held.state is not State.FRESH:
+            self._stream(held, stored)
+            return
         value = None if held.state is State.FRESH else backing.beneath(device)
         if value is not None:
             held.lay(value, State.BENEATH)
@@ -155,27 +205,50 @@ class Residency:
         self._loaded[held] = nbytes
         self.loaded_count += 1
 
+    def _stream(self, held: Held, stored: ShardTensor) -> None:
+        nbytes = stored.spec.nbytes
+        self.make_room(buffer_bytes(stored.spec))
+        value, digest, fill = self._streaming.take(held, stored)
+        held.lay(value, State.LOADED, digest)
+        held.buffer = fill.buffer
+        self._storages.note(held)
+        self._loaded[held] = nbytes
+        self.loaded_count += 1
+        self._streaming.look_ahead(self.budget_bytes(), self._used_bytes(), self._released_bytes)
+
+    def _released_bytes(self, held: Held) -> int:
+        nbytes = self._loaded.get(held, 0)
+        return nbytes if self.release(held) else 0
+
     # ------------------------------------------------------------------ leaving
 
     def budget_bytes(self) -> int:
         """Tell how many bytes of loaded copies may stay now."""
-        available = self._headroom.available_bytes()
         reserve = min(_RESERVE_BYTES, int(self._headroom.limit_bytes() * _RESERVE_SHARE))
-        free = self.loaded_bytes + available - reserve
+        free = self._room_bytes() - reserve
         return max(0, free if self.max_bytes is None else min(free, self.max_bytes))
 
     def make_room(self, nbytes: int) -> None:
         """Let loaded copies leave until ``nbytes`` more fit the budget, as far as they can."""
         with self.lock:
             for held in list(self._loaded):
-                if not held.is_kept:
+                if not held.is_kept and self._streaming.to_stream(held) is None:
                     self.release(held)
             # Asking the system costs a little, so only where something could leave.
-            if self._loaded and self.loaded_bytes + nbytes > self.budget_bytes():
-                for held in list(self._loaded):
-                    if self.loaded_bytes + nbytes <= self.budget_bytes():
+            used_bytes, buffers = self._used_bytes(), self._streaming.buffers
+            if not used_bytes and not buffers.free_bytes:
+                return
+            budget_bytes = self.budget_bytes()
+            if used_bytes + nbytes > budget_bytes:
+                for held in self._streaming.latest_needed_first(self._loaded):
+                    used_bytes -= (freed_bytes := self._released_bytes(held))
+                    self.evicted_count += freed_bytes > 0
+                    if used_bytes + nbytes <= budget_bytes:
                         break
-                    self.evicted_count += self.release(held)
+            buffers.shrink(budget_bytes - used_bytes - nbytes, spare_bytes=nbytes)
+
+    def _used_bytes(self) -> int:
+        return self.loaded_bytes + self._streaming.ahead_bytes
 
     def release(self, held: Held) -> bool:
         """Take a loaded copy's memory, unless something uses it; an edit is written first."""
@@ -192,7 +265,10 @@ class Residency:
                 return False
             self._loaded.pop(held, None)
             if held.state is State.LOADED:
+                buffer = held.buffer
                 held.vacate()
+                if buffer is not None:
+                    self._streaming.buffers.give(buffer)
             else:
                 held.publish()  # readable until it is written; the writer's queue is bounded
             return True
@@ -361,7 +437,7 @@ class Residency:
         address, nbytes = held.tensor.data_ptr(), held.nbytes
         self._freed_bytes += nbytes
         value = held.backing.beneath(held.tensor.device)
-        if value is None:
+        if value is None or self._streaming.to_stream(held) is not None:
             held.vacate()
         else:
             held.lay(value, State.BENEATH)  # found without asking only after the next read
@@ -441,3 +517,16 @@ def current_value(held: Held) -> tuple[Backing | None, torch.Tensor | None]:
 
 default_residency = Residency()
 """Memory is the process's, so one object watches all of it unless another is handed in."""
+
+
+def residency_for(max_bytes: int | None, mode: Mode) -> Residency:
+    """Give the books for a model: the process's, unless it wants a budget or mode of its own.
+
+    Raises:
+        InvalidInputError: no such mode.
+    """
+    if mode not in get_args(Mode):
+        raise InvalidInputError(f"mode is one of {', '.join(get_args(Mode))}, not {mode!r}")
+    if max_bytes is None and mode == "auto":
+        return default_residency
+    return Residency(max_bytes, mode=mode)

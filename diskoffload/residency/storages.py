@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from diskoffload.residency.held import Backing, Held, State
+from diskoffload.store.stored import ShardTensor
 from diskoffload.store.writer import Ticket
 
 
@@ -70,6 +71,11 @@ class ViewBacking:
             "strides": list(self._strides),
             "offset_bytes": self._offset_bytes,
         }
+
+    @property
+    def plain_stored(self) -> ShardTensor | None:
+        """Answer ``None``: the root's bytes are read."""
+        return None
 
     @property
     def extent(self) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from diskoffload.errors import DamagedFileError, StorageError
 from diskoffload.store.digests import Checking
 from diskoffload.store.header import LENGTH_BYTES, Header, StoredSpec, header_length, parse_header
 from diskoffload.store.shard_writer import ShardWriter
-from diskoffload.system.files import Files, Identity
+from diskoffload.system.files import BLOCK_BYTES, Files, Identity
 from diskoffload.system.memory import Memory
 
 _STEP_BYTES = 4 << 20
@@ -289,6 +289,55 @@ class Shard:
             finally:
                 self._check_identity(fd)  # afterwards: what came is what was opened
 
+    def read_past_cache(self, spec: StoredSpec, start: int, stop: int, buffer: Memory) -> None:
+        """Read a part of a tensor into a buffer, leaving nothing of it in the page cache.
+
+        The tensor's byte ``n`` comes to the buffer's byte ``spec.offset % BLOCK_BYTES + n``.
+        Where the file system has no direct reads, the part is read through the page cache and
+        dropped from it.
+
+        Args:
+            spec: the tensor.
+            start: first byte of the part; the parts of a tensor begin where blocks of the file
+                do, but for the first.
+            stop: the byte after its last.
+            buffer: at least :func:`buffer_bytes` long; other parts of it are left alone.
+
+        Raises:
+            DamagedFileError: the file was changed since it was opened.
+            StorageError: it cannot be read.
+        """
+        begin = (spec.offset + start) // BLOCK_BYTES * BLOCK_BYTES
+        place = begin - spec.offset // BLOCK_BYTES * BLOCK_BYTES
+        needed_bytes = spec.offset + stop - begin
+        if self.is_gone():  # removed or replaced: in a child, by the parent that owns it
+            buffer.view(place, needed_bytes)[:] = self._last_copy().view(begin, needed_bytes)
+            return
+        fd = self._files.open_past_cache(self.path, self._fd)
+        if fd is None:
+            self._tell_of_no_direct_reads()
+            with self._opened() as usual:
+                self._files.read_into(usual, buffer.view(place, needed_bytes), begin, self.path)
+                self._check_identity(usual)
+                self._files.drop_from_cache(usual, begin, needed_bytes)
+            return
+        try:
+            target = buffer.view(place, -(-needed_bytes // BLOCK_BYTES) * BLOCK_BYTES)
+            self._files.read_blocks(fd, target, begin, needed_bytes, self.path)
+            self._check_identity(fd)
+        finally:
+            self._files.close(fd)
+
+    def _tell_of_no_direct_reads(self) -> None:
+        key = (str(self.path.parent), -1)
+        if key not in _told:
+            _told.add(key)
+            _log.warning(
+                "files in %s cannot be read past the page cache: they are read through it, and "
+                "dropped from it",
+                key[0],
+            )
+
     @property
     def mtime_ns(self) -> int:
         """When the file was changed last, as of when it was opened."""
@@ -324,3 +373,9 @@ class Shard:
                 self._check_identity(fd)
         check = Checking(str(self.path), spec.name, spec.offset, digest)
         check.compare(writer.digests[name])
+
+
+def buffer_bytes(spec: StoredSpec) -> int:
+    """Tell how large a buffer must be to read a tensor past the page cache."""
+    begin = spec.offset // BLOCK_BYTES * BLOCK_BYTES
+    return -(-(spec.offset + spec.nbytes - begin) // BLOCK_BYTES) * BLOCK_BYTES

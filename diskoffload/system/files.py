@@ -6,6 +6,7 @@ can hand it one that records, drops or reorders what is done.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -20,6 +21,8 @@ from diskoffload.errors import NoSpaceError, StorageError
 from diskoffload.system.locking import lock_file, unlock
 from diskoffload.system.memory import Memory, map_file
 
+# What devices of today read at once at the least, or a multiple of it.
+BLOCK_BYTES = 4096
 _COPY_STEP_BYTES = 64 << 20
 _FALLBACK_STEP_BYTES = 8 << 20
 # What a file system without copy_file_range answers (copy_file_range(2), ERRORS).
@@ -74,12 +77,15 @@ class Files:
 
     Attributes:
         may_map: whether files are mapped; else they are read, as where the system refuses.
+        may_read_past_cache: whether files may be read directly into a process's memory.
     """
 
     may_map = True
+    may_read_past_cache = True
 
-    def __init__(self, *, may_map: bool = True) -> None:
+    def __init__(self, *, may_map: bool = True, may_read_past_cache: bool = True) -> None:
         self.may_map = may_map
+        self.may_read_past_cache = may_read_past_cache
 
     def open_for_reading(self, path: Path) -> int:
         """Open an existing regular file; the caller closes the descriptor."""
@@ -95,6 +101,33 @@ class Files:
                 os.close(fd)
                 raise
             return fd
+
+    def open_past_cache(self, path: Path, fd: int = -1) -> int | None:
+        """Open an existing file so that reading it leaves nothing in the page cache.
+
+        Reads must begin at multiples of :data:`BLOCK_BYTES`, in the file and in memory.
+
+        Args:
+            path: the file.
+            fd: an open descriptor of it, if its name may be gone.
+
+        Returns:
+            A descriptor, which the caller closes; ``None`` where the system or the file system
+            cannot (``open(2)``, ``O_DIRECT``).
+        """
+        flag = getattr(os, "O_DIRECT", None)
+        if flag is None or not self.may_read_past_cache:
+            return None
+        place = path if fd < 0 else Path(f"/proc/self/fd/{fd}")
+        try:
+            return os.open(place, os.O_RDONLY | os.O_CLOEXEC | flag)
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+                return None
+            if fd >= 0 and error.errno == errno.ENOENT:  # no /proc here
+                return None
+            with naming_faults("open the file", path):
+                raise
 
     def create(self, path: Path) -> int:
         """Create a file that must not exist yet, with the user's umask."""
@@ -170,6 +203,37 @@ class Files:
                         str(path),
                     )
                 done += count
+
+    def read_blocks(
+        self, fd: int, target: memoryview, offset: int, needed_bytes: int, path: Path
+    ) -> None:
+        """Fill ``target``, whole blocks, from ``offset`` on; the file may end in the last one.
+
+        Args:
+            fd: of :meth:`open_past_cache`.
+            target: memory at a block's beginning.
+            offset: a multiple of the block.
+            needed_bytes: a file that ends before so many is an error.
+            path: for messages.
+        """
+        done = 0
+        with naming_faults("read the file", path):
+            while done < needed_bytes:
+                count = os.preadv(fd, [target[done:]], offset + done)
+                done += count
+                if count == 0 or (count % BLOCK_BYTES and done < needed_bytes):
+                    raise StorageError(
+                        errno.EIO,
+                        f"could not read {needed_bytes} bytes at offset {offset}: the file ends "
+                        f"after {done} of them; it was truncated since it was opened",
+                        str(path),
+                    )
+
+    def drop_from_cache(self, fd: int, offset: int, nbytes: int) -> None:
+        """Tell the kernel that these bytes of a file are of no more use; a hint, no promise."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def read(self, path: Path) -> bytes:
         """Read all of a small file."""

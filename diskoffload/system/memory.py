@@ -40,6 +40,9 @@ _PAGEMAP_FILE_BACKED = np.uint64(1 << 61)
 _PAGEMAP_ENTRY_BYTES = 8
 _PAGEMAP_READ_PAGES = 1 << 16
 
+# Our own attribute, and the argument of the question.
+_UNUSED_REFERENCES = 2
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [
@@ -87,6 +90,14 @@ class Memory:
             return torch.empty(shape, dtype=dtype)
         flat = torch.frombuffer(self._array, dtype=dtype, count=count, offset=offset)
         return flat.view(shape)
+
+    def move(self, begin: int, target: int, nbytes: int) -> None:
+        """Move bytes within this memory; the two places may overlap."""
+        ctypes.memmove(self.address + target, self.address + begin, nbytes)
+
+    def is_used(self) -> bool:
+        """Whether a tensor or a view made from this still lives."""
+        return sys.getrefcount(self._array) > _UNUSED_REFERENCES
 
     def view(self, offset: int = 0, nbytes: int | None = None) -> memoryview:
         """Give a writable view of ``nbytes`` bytes from ``offset``; it keeps the memory alive."""

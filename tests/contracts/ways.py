@@ -23,6 +23,7 @@ WAYS = (
     "zstd-written",
     "opened",
     "opened-cast",
+    "disk-streamed",
 )
 DISK_WAYS = tuple(way for way in WAYS if not way.startswith(("plain", "cpu")))
 
@@ -57,7 +58,7 @@ def hold(net: Net, way: str, folder: Path) -> Net:
         return net
     if way.startswith("opened"):
         return _opened(net, way, folder)
-    residency = Residency()
+    residency = streamed(Residency(0, mode="streamed")) if "streamed" in way else Residency()
     for name, module in net.named_modules():
         options: dict[str, object] = {"name": name, "residency": residency}
         if not way.startswith("cpu"):
@@ -68,7 +69,7 @@ def hold(net: Net, way: str, folder: Path) -> Net:
         onload = "cpu:0" if way.endswith("elsewhere") else "cpu"
         offload = "cpu" if way.startswith("cpu") else "disk"
         diskoffload.offload_module(module, onload, offload, **options)
-    if way.endswith("-written"):
+    if way.endswith(("-written", "-streamed")):
         written(net)
     return net
 
@@ -89,6 +90,12 @@ def _opened(net: Net, way: str, folder: Path) -> Net:
     return diskoffload.open_checkpoint(
         folder / "checkpoint", model=bare, offload_dir=folder / "offload", max_memory="1GiB"
     )
+
+
+def streamed(residency: Residency) -> Residency:
+    """Have tensors streamed however small they are; without a budget nothing unused stays."""
+    residency._streaming.least_bytes = 1
+    return residency
 
 
 def written(net: torch.nn.Module) -> None:
