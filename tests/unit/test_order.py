@@ -78,7 +78,7 @@ def experts(passes: int) -> list[int]:
     [
         (DENSE * 8, DENSE, 0.95),
         # That every layer is visited twice is to be learned at the first ones: 10 are few.
-        (PIPELINE, DENSE, 0.9),
+        (PIPELINE, DENSE, 0.85),
         (PIPELINE * 6, DENSE, 0.9),
         (experts(30), range(88), 0.95),
     ],
