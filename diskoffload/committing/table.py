@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from typing import Any
 
@@ -62,7 +63,7 @@ class Table:
         wanted = Committed(
             entries=self._entries,
             shards={name: last.shards[name] for name in self._reused},
-            note=note,
+            note_text=json.dumps(note),
             source=source,
             born=born,
         )

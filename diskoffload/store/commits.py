@@ -11,6 +11,7 @@ An entry of the table says where one tensor of the model is. Its ``at`` is one o
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -34,7 +35,7 @@ class Committed:
         seconds: when, in seconds since 1970.
         entries: by a tensor's full name, where it is; only what the source does not say.
         shards: by file name, the length in bytes and the header's digest.
-        note: whatever was given with the commit.
+        note_text: whatever was given with the commit, as JSON.
         source: the checkpoint that the model was opened from, and its fingerprint.
         born: by full name, dtype and shape when the model was offloaded.
     """
@@ -43,9 +44,14 @@ class Committed:
     seconds: float = 0.0
     entries: Mapping[str, Entry] = field(default_factory=dict)
     shards: Mapping[str, tuple[int, str]] = field(default_factory=dict)
-    note: Any = None
+    note_text: str = "null"
     source: Mapping[str, Any] | None = None
     born: Mapping[str, tuple[str, tuple[int, ...]]] | None = None
+
+    @property
+    def note(self) -> Any:
+        """Whatever was given with the commit; each time a copy of its own."""
+        return json.loads(self.note_text)
 
 
 class Commits:
@@ -60,6 +66,10 @@ class Commits:
         self._journal = journal
         self._in_doubt = False
         self.last = _replayed(journal.read(), str(journal.path))
+
+    def make_durable(self) -> None:
+        """Have on the device what was read; see :meth:`Journal.make_durable`."""
+        self._journal.make_durable()
 
     def write(self, wanted: Committed) -> Committed:
         """Commit a state: what differs from the last one is appended, durably.
@@ -124,7 +134,8 @@ def _replayed(records: list[Record], where: str) -> Committed:
             isinstance(entry, dict) and "at" in entry for entry in state["entries"].values()
         ):
             raise ValueError("an entry says not where its tensor is")
-        return Committed(**{**state, "shards": shards, "born": born})
+        note_text = json.dumps(state.pop("note", None))
+        return Committed(**{**state, "shards": shards, "born": born, "note_text": note_text})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _foreign(where, error) from error
 

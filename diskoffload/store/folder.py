@@ -118,6 +118,7 @@ class Folder:
                     self._files.remove_folder_if_empty(self.path)
             raise
         self._commits = Commits(Journal(self.path, self._files))
+        self._commits.make_durable()
         self._durable.update(self._commits.last.shards)
         self._owner.keep(set(self._durable))
         swept = self._owner.sweep()

@@ -12,6 +12,7 @@ record whose checksum is wrong, or one out of order, is damage, and named.
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,13 @@ NEW_SUFFIX = ".new"
 _FRAME_BYTES = 16 + 1 + 8 + 1
 # Rewritten once it is twice as long as what is alive in it, and not for less than this.
 _LEAST_DEAD_BYTES = 64 << 10
+
+# A journal of 50,000 tensors has 6.5 MB, and at most three times as much before it is rewritten.
+_MOST_BYTES = 512 << 20
+# What a device writes at once: of a torn record whole ones are missing.
+_SECTOR_BYTES = 512
+
+_ZEROS = re.compile(rb"\0+")
 
 Record = dict[str, Any]
 
@@ -55,36 +63,67 @@ class Journal:
         with naming_faults("look for the journal", self.path):
             if not self.path.exists():
                 return []
+            nbytes = self.path.stat().st_size
+        if nbytes > _MOST_BYTES:
+            raise DamagedFileError(
+                f"{self.path} has {nbytes} bytes, more than any journal of ours; restore the file "
+                "from a copy, or remove the folder and begin anew"
+            )
         data = self._files.read(self.path)
         records: list[Record] = []
         start = 0
         while start < len(data):
             frame = data[start : start + _FRAME_BYTES]
             stop = start + _FRAME_BYTES + _length(frame)
-            line = data[start : stop + 1]
-            if not _is_whole(line, data[start:], stop - start):
-                break
-            records.append(self._parsed(line, start, len(records) + 1))
+            # One that lacks nothing but its last byte says of itself that it is whole.
+            is_whole = data[stop : stop + 1] == b"\n" or not data[stop:].strip(b"\0")
+            if not (is_whole and _checksum(data[start + 17 : stop]) + b" " == frame[:17]):
+                if _is_torn(data, start, stop):
+                    break
+                raise DamagedFileError(
+                    f"{self._at(start, records)} is damaged: its checksum is wrong, and it was not "
+                    "cut off by a crash; restore the file from a copy, or remove the folder and "
+                    "begin anew"
+                )
+            records.append(self._parsed(data[start + _FRAME_BYTES : stop], start, records))
             start = stop + 1
         self._nbytes, self._count = start, len(records)
         # What follows is torn: never write after it.
-        self._rewrite_at_bytes = 0 if start < len(data) else 2 * len(data) + _LEAST_DEAD_BYTES
+        is_sound = start == len(data) and data.endswith(b"\n")
+        self._rewrite_at_bytes = 2 * len(data) + _LEAST_DEAD_BYTES if is_sound else 0
         return records
 
-    def _parsed(self, line: bytes, start: int, number: int) -> Record:
-        where = f"{self.path}: record {number} at offset {start}"
-        if line[-1:] != b"\n" or _checksum(line[17:-1]) + b" " != line[:17]:
-            raise DamagedFileError(
-                f"{where} is damaged: its checksum is wrong, and it was not cut off by a crash; "
-                "restore the file from a copy, or remove the folder and begin anew"
-            )
+    def _at(self, start: int, before: list[Record]) -> str:
+        return f"{self.path}: record {len(before) + 1} at offset {start}"
+
+    def _parsed(self, text: bytes, start: int, before: list[Record]) -> Record:
+        where = self._at(start, before)
         try:
-            record = json.loads(line[_FRAME_BYTES:-1])
+            record = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DamagedFileError(f"{where} is not JSON ({error})") from error
-        if not isinstance(record, dict) or record.get("record") != number:
-            raise DamagedFileError(f"{where} is not number {number}; records are missing before it")
+        if not isinstance(record, dict) or record.get("record") != len(before) + 1:
+            raise DamagedFileError(
+                f"{where} is not number {len(before) + 1}; records are missing before it"
+            )
         return record
+
+    def make_durable(self) -> None:
+        """Have on the device what :meth:`read` gave; before files go that older records need.
+
+        A killed process may have written a record that no fsync followed.
+
+        Raises:
+            StorageError: it is not, or perhaps not.
+        """
+        if not self._count:
+            return
+        fd = self._files.open_for_reading(self.path)
+        try:
+            self._files.sync(fd, self.path)
+        finally:
+            self._files.close(fd)
+        self._files.sync_folder(self.path.parent)
 
     @property
     def must_be_rewritten(self) -> bool:
@@ -159,8 +198,38 @@ def _length(frame: bytes) -> int:
         return 0
 
 
-def _is_whole(line: bytes, rest: bytes, length: int) -> bool:
-    """Whether a record was written to its end; if not, it and all after it was never committed."""
+def _is_torn(data: bytes, start: int, stop: int) -> bool:
+    """Whether a crash left a record unfinished; then it and all after it was never committed.
+
+    Args:
+        data: the whole file.
+        start: where the record begins.
+        stop: where its last byte would be, by its own account.
+    """
+    rest = data[start:]
+    if _has_record(rest):
+        return False  # one is only ever written after the one before it was durable
     if 0 in rest:  # JSON has no zeros: blocks that never reached the device
-        return b"\n" in line and 0 not in line and len(line) == length + 1
-    return len(line) == length + 1 or rest.endswith(b"\n")
+        runs = [(start + run.start(), start + run.end()) for run in _ZEROS.finditer(rest)]
+        return all(
+            end == len(data)
+            or (
+                (begin in (start, -(-begin // _SECTOR_BYTES) * _SECTOR_BYTES))
+                and end % _SECTOR_BYTES == 0
+            )
+            for begin, end in runs
+        )
+    return stop >= len(data) and not rest.endswith(b"\n")
+
+
+def _has_record(rest: bytes) -> bool:
+    """Whether a whole record follows a broken one."""
+    begin = rest.find(b"\n") + 1
+    while 0 < begin < len(rest):
+        frame = rest[begin : begin + _FRAME_BYTES]
+        stop = begin + _FRAME_BYTES + _length(frame)
+        line = rest[begin : stop + 1]
+        if line[-1:] == b"\n" and _checksum(line[17:-1]) + b" " == line[:17]:
+            return True
+        begin = rest.find(b"\n", begin) + 1
+    return False

@@ -72,7 +72,10 @@ def _sweep_one(folder: Path, files: Files, *, dry_run: bool) -> list[Left]:
     had_lock = lock.exists()
     fd = files.lock(lock)
     try:
-        kept = Commits(Journal(folder, files)).last.shards
+        commits = Commits(Journal(folder, files))
+        if not dry_run:
+            commits.make_durable()
+        kept = commits.last.shards
         unneeded = [path for path in ours if path.exists() and path.name not in kept]
         found = [Left(path, path.stat().st_size) for path in unneeded]
         if had_lock:

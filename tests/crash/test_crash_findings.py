@@ -61,11 +61,11 @@ def test_a_commit_that_was_interrupted_when_it_was_durable(
     """The record after it was told from a state that the journal no longer had."""
     files = Breaks()
     made = commits(root, files)
-    made.write(Committed(note="a", entries={"x": {"at": None, "is": "buffer"}}))
+    made.write(Committed(note_text='"a"', entries={"x": {"at": None, "is": "buffer"}}))
     files.once("close", error)
     with pytest.raises(type(error)):
-        made.write(Committed(note="b" * 500, entries={}))
-    wanted = made.write(Committed(note="a", entries={"x": {"at": None, "is": "buffer"}}))
+        made.write(Committed(note_text='"b"' * 500, entries={}))
+    wanted = made.write(Committed(note_text='"a"', entries={"x": {"at": None, "is": "buffer"}}))
     assert commits(root, files).last == wanted
 
 
@@ -74,7 +74,7 @@ def test_a_commit_that_was_interrupted_when_its_record_was_written(
 ) -> None:
     files = Watched()
     made = commits(root, files)
-    made.write(Committed(note="a"))
+    made.write(Committed(note_text='"a"'))
     append = Journal.append
 
     def interrupted(journal: Journal, record: Any) -> None:
@@ -83,9 +83,9 @@ def test_a_commit_that_was_interrupted_when_its_record_was_written(
 
     monkeypatch.setattr(Journal, "append", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        made.write(Committed(note="b"))
+        made.write(Committed(note_text='"b"'))
     monkeypatch.undo()
-    wanted = made.write(Committed(note="a"))
+    wanted = made.write(Committed(note_text='"a"'))
     assert commits(root, files).last == wanted
 
 
@@ -106,7 +106,7 @@ def test_a_journal_that_cannot_be_renamed_leaves_nothing(root: Path) -> None:
     made = commits(root, files)
     files.once("rename", StorageError(5, "could not rename"))
     with pytest.raises(StorageError, match="rename"):
-        made.write(Committed(note="a"))
+        made.write(Committed(note_text='"a"'))
     assert list(root.iterdir()) == []
 
 
