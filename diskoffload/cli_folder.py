@@ -12,7 +12,7 @@ from typing import Any
 from diskoffload.budget import format_bytes
 from diskoffload.errors import CommitError
 from diskoffload.inspect import inspect_path
-from diskoffload.store.compaction import compact_folder
+from diskoffload.store.compaction import compact_folder, planned_compaction
 from diskoffload.store.folder import Folder
 from diskoffload.store.journal import JOURNAL_NAME
 from diskoffload.store.sweeping import sweep
@@ -109,7 +109,7 @@ def _compact(options: argparse.Namespace) -> int:
     place = Path(options.path).expanduser()
     if not (place / JOURNAL_NAME).is_file():
         raise CommitError(f"nothing was committed in {place}: it has no {JOURNAL_NAME}")
-    done = compact_folder(Folder(place), dry_run=options.dry_run)
+    done = planned_compaction(place) if options.dry_run else compact_folder(Folder(place))
     if options.json:
         print(json.dumps(asdict(done), indent=1))
         return 0

@@ -19,7 +19,10 @@ from diskoffload.store.header import FILLER_PREFIX
 from diskoffload.store.journal import JOURNAL_NAME, Journal
 from diskoffload.store.shard import Shard
 from diskoffload.store.stored import EncodedTensor, ShardTensor, stored_tensors
-from diskoffload.system.files import Files
+from diskoffload.system.files import Files, naming_faults
+
+# How often a commit that is replaced while it is read is read again.
+_MOST_TRIES = 20
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,9 @@ def verify(path: Path | str, *, show_progress: bool = False) -> Verification:
     if not place.exists():
         raise CheckpointError(f"{place} does not exist: give a folder or a safetensors file")
     found = Verification(str(place))
-    paths = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    with naming_faults("list the folder", place):
+        is_file = place.is_file()
+        paths = [place] if is_file else sorted(p for p in place.iterdir() if _is_shard(p))
     has_journal = (place / JOURNAL_NAME).exists()
     if not paths and not has_journal:
         raise CheckpointError(f"{place} has no *.safetensors file and no journal to check")
@@ -121,6 +126,10 @@ def verify(path: Path | str, *, show_progress: bool = False) -> Verification:
                     found.faults.append(Fault(str(shard.path), spec.name, spec.offset, str(error)))
             bar.update(spec.nbytes)
     return found
+
+
+def _is_shard(path: Path) -> bool:
+    return path.suffix == ".safetensors"
 
 
 def _opened(
@@ -148,28 +157,39 @@ def _noting(found: Verification, file: str, action: Callable[[], object]) -> Non
 
 
 def _verify_commits(place: Path, found: Verification) -> None:
-    files = Files()
-    journal = Journal(place, files)
-    read: list[Committed] = []
-    _noting(found, str(journal.path), lambda: read.append(Commits(journal).last))
-    if not read:
-        return
-    last = read[0]
-    found.commit = last.number
+    """Check the last commit; if its owner commits meanwhile, the one after it."""
+    journal = Journal(place, Files())
+    for _ in range(_MOST_TRIES):
+        try:
+            last = Commits(journal).last
+        except OffloadError as error:
+            found.faults.append(Fault(str(journal.path), None, None, str(error)))
+            return
+        found.commit = last.number
+        faults = list(_faults_of(place, last))
+        try:
+            is_the_last = Commits(journal).last.number == found.commit
+        except OffloadError:
+            continue  # named at the next try
+        if is_the_last:
+            break
+    found.faults += faults
+
+
+def _faults_of(place: Path, last: Committed) -> Iterator[Fault]:
     keys: dict[str, set[str]] = {}
     for name in last.shards:
         try:
-            keys[name] = set(open_committed(place, name, last, files).header.specs)
+            keys[name] = set(open_committed(place, name, last, Files()).header.specs)
         except OffloadError as error:
-            found.faults.append(Fault(str(place / name), None, None, str(error)))
+            yield Fault(str(place / name), None, None, str(error))
     for name, entry in last.entries.items():
         at = entry["at"]
         if isinstance(at, list) and at[0] in keys and at[1] not in keys[at[0]]:
             reason = f"{place / at[0]} does not hold {at[1]!r}, which was committed as {name!r}"
-            found.faults.append(Fault(str(place / at[0]), at[1], None, reason))
+            yield Fault(str(place / at[0]), at[1], None, reason)
     if last.source is not None:
-        source = last.source
         try:
-            check_fingerprint(Checkpoint(source["path"]), source["files"])
+            check_fingerprint(Checkpoint(last.source["path"]), last.source["files"])
         except OffloadError as error:
-            found.faults.append(Fault(str(source["path"]), None, None, str(error)))
+            yield Fault(str(last.source["path"]), None, None, str(error))

@@ -17,8 +17,8 @@ from diskoffload.store.writer import Ticket
 
 # A commit after each small change leaves a small file each; each is a mapping too, of which a
 # process may have 65530. So many of them become one.
-_SMALL_BYTES = 8 << 20
-_MOST_SMALL_FILES = 64
+SMALL_BYTES = 8 << 20
+MOST_SMALL_FILES = 64
 
 
 def leave_dead_files(folder: Folder, entries: Mapping[Held, Residency]) -> int:
@@ -44,8 +44,8 @@ def leave_dead_files(folder: Folder, entries: Mapping[Held, Residency]) -> int:
         shard_and_spec = _place_of(held)
         if shard_and_spec is not None and folder.owns(shard_and_spec[0]):
             inside.setdefault(shard_and_spec[0], []).append((held, shard_and_spec[1]))
-    small = [shard for shard in inside if shard.header.file_bytes < _SMALL_BYTES]
-    too_many = set(small) if len(small) > _MOST_SMALL_FILES else set()
+    small = [shard for shard in inside if shard.header.file_bytes < SMALL_BYTES]
+    too_many = set(small) if len(small) > MOST_SMALL_FILES else set()
     dead = [
         [held for held, _ in pairs]
         for shard, pairs in inside.items()

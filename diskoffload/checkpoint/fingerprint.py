@@ -44,7 +44,7 @@ def check_fingerprint(
     Args:
         checkpoint: what was found.
         expected: what :func:`fingerprint_of` gave once.
-        moved_from: where it was then, if it was moved; times may differ then.
+        moved_from: where it was then, if its user has named its place; times may differ then.
 
     Raises:
         CommitError: it differs; the message says in what.
@@ -65,8 +65,8 @@ def check_fingerprint(
     if faults:
         raise CommitError(
             f"{checkpoint.path} was changed or replaced since the commit: {listed(faults)}; what "
-            "was committed belongs to the checkpoint as it was. If that lies elsewhere now, name "
-            "it as source"
+            "was committed belongs to the checkpoint as it was. If that lies elsewhere now, or "
+            "only times were changed, name its place as source: then times may differ"
         )
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from diskoffload.checkpoint.source import INDEX_SUFFIX
 from diskoffload.errors import InvalidInputError, NoSpaceError, OutputExistsError
 from diskoffload.planning import format_bytes
+from diskoffload.store.journal import JOURNAL_NAME, NEW_SUFFIX
+from diskoffload.store.lock import LOCK_NAME
 from diskoffload.system.files import Files, free_bytes, naming_faults
 
 _log = logging.getLogger(__name__)
@@ -34,9 +36,10 @@ WEIGHT_SUFFIXES = frozenset(
 # A file beside the weights that is larger than this is no tokenizer or config.
 _MAX_SIDE_FILE_BYTES = 256 << 20
 _SPARE_BYTES = 16 << 20
+_OURS = frozenset((JOURNAL_NAME, JOURNAL_NAME + NEW_SUFFIX, LOCK_NAME))
 
 
-def check_output(out: Path, overwrite: bool) -> None:
+def check_output(out: Path, overwrite: bool, advice: str = "") -> None:
     """Refuse an output path that is taken.
 
     Raises:
@@ -45,10 +48,15 @@ def check_output(out: Path, overwrite: bool) -> None:
     """
     if out.exists() and not out.is_dir():
         raise InvalidInputError(f"cannot write a checkpoint to {out}: it is a file, not a folder")
+    if overwrite and any((out / name).exists() for name in (JOURNAL_NAME, LOCK_NAME)):
+        raise InvalidInputError(
+            f"cannot write a checkpoint to {out}: it is an offload folder, and what lies in it "
+            "would be lost; name another one"
+        )
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise OutputExistsError(
-            f"cannot write a checkpoint to {out}: the folder exists and is not empty; "
-            "name another one, or pass overwrite=True"
+            f"cannot write a checkpoint to {out}: the folder exists and is not empty; name another "
+            f"one{advice}"
         )
 
 
@@ -76,8 +84,9 @@ def new_folder(out: Path, files: Files, *, overwrite: bool) -> Iterator[Path]:
     can: a kill at any moment leaves one whole checkpoint at ``out``, or, where it cannot,
     at the name with ``.old`` in it.
     """
-    check_output(out, overwrite)
-    files.make_folder(out.parent)
+    check_output(out, overwrite, ", or pass overwrite=True")
+    if files.make_folder(out.parent):
+        files.sync_folder(out.parent.parent)
     building = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
     files.make_folder(building)
     try:
@@ -149,7 +158,7 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
         relative = path.relative_to(source)
         if any(part.startswith(".") for part in relative.parts) or len(relative.parts) > 2:
             continue
-        if not path.is_file() or path.suffix in WEIGHT_SUFFIXES:
+        if not path.is_file() or path.suffix in WEIGHT_SUFFIXES or path.name in _OURS:
             continue
         if path.name.endswith(INDEX_SUFFIX) or path.name.endswith(".bin.index.json"):
             continue

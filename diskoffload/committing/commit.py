@@ -47,7 +47,8 @@ def commit(model: torch.nn.Module, note: Any = None) -> Committed:
         StorageError: the disk refused. What was committed before is as it was, and once the
             cause is gone the next call commits everything.
 
-    Thread-safe; other threads wait while values are collected, not while they are written.
+    Thread-safe; other threads may read meanwhile, but wait to onload or assign until the values
+    are in their files, not until those are durable.
     Commits to one folder wait for each other: the later one has what the earlier one has.
     """
     folder = _folder_of(model)

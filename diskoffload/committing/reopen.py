@@ -91,8 +91,9 @@ def reopen(
         raise InvalidInputError(f'verify is "full", "first_read" or None, not {verify!r}')
     place = _committed_place(offload_dir)
     if read_only:
-        folder = Folder()
+        folder = Folder(is_named=False)
         committed, shards = _read_without_lock(place)
+        folder.show_only(committed)
     else:
         folder = open_folders.at(place)
         committed = folder.last_commit
@@ -127,7 +128,8 @@ def reopen(
             {**options, "residency": residency, "offload_dir": folder},
         )
     Overlay(made, folder, shards.__getitem__, residency, compression, align).lay(committed.entries)
-    folder.claim_commits(made, reopened=True)
+    if not read_only:
+        folder.claim_commits(made, reopened=True)
     _log.info(
         "reopened commit %d of %s: %d tensors of its own in %d files",
         committed.number,
@@ -190,7 +192,7 @@ def _source_of(committed: Committed, offload_dir: Path, source: Path | str | Non
             f"the commit in {offload_dir} belongs to the checkpoint {place}, which is not there; "
             "name the place it was moved to as source"
         )
-    moved_from = before if place != before else None
+    moved_from = before if source is not None else None
     check_fingerprint(Checkpoint(place), committed.source["files"], moved_from=moved_from)
     return place
 
@@ -242,7 +244,7 @@ def _check_born(committed: Committed, place: Path, model: torch.nn.Module) -> No
                 name = f"{prefix}.{key}" if prefix else key
                 found[name] = (str(dtype).removeprefix("torch."), shape)
     faults = []
-    missing = [name for name in born if name not in found]
+    missing = [name for name, (dtype, _) in born.items() if dtype and name not in found]
     unexpected = [name for name in found if name not in born]
     if missing:
         faults.append(f"the model lacks {listed(missing)}")
@@ -252,7 +254,7 @@ def _check_born(committed: Committed, place: Path, model: torch.nn.Module) -> No
         f"{name} ({born[name][0]} {list(born[name][1])} committed, "
         f"{layout[0]} {list(layout[1])} in the model)"
         for name, layout in found.items()
-        if name in born and born[name] != layout
+        if name in born and born[name][0] and born[name] != layout
     ]
     if differing:
         faults.append(f"others differ: {listed(differing)}")

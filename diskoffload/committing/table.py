@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
-from diskoffload.cache.compacting import leave_dead_files
+from diskoffload.cache.compacting import MOST_SMALL_FILES, SMALL_BYTES, leave_dead_files
 from diskoffload.cache.disk_backing import DiskBacking
 from diskoffload.checkpoint.fingerprint import fingerprint_of
 from diskoffload.checkpoint.open import Binding, binding_of
 from diskoffload.committing.shown import Faces, Shown, Value, has_value, identity, is_view
-from diskoffload.errors import CommitError, UnsupportedTensorError
+from diskoffload.errors import CommitError, UnsupportedTensorError, listed
 from diskoffload.residency.held import Held
 from diskoffload.residency.resident import Residency, current_value
 from diskoffload.residency.storages import ViewBacking
@@ -25,6 +26,10 @@ from diskoffload.store.writer import Ticket, digest_of
 
 # How often a tensor that another thread keeps changing is written before it is given up.
 _MOST_TRIES = 3
+# Of a file that values in memory were committed to: what of it may be dead however little lives,
+# and what its header has for each tensor, about.
+_LEAST_DEAD_BYTES = 1 << 20
+_ENTRY_BYTES = 256
 
 
 class Table:
@@ -39,6 +44,7 @@ class Table:
         self._reused: set[str] = set()
         self._keys: dict[str, tuple[object, ...]] = {}
         self._unchanged: set[Held] = set()
+        self._left: set[str] = set()
 
     def commit(self, note: Any) -> Committed:
         """Have every value on disk, and commit where they are; the folder's turn is held."""
@@ -54,7 +60,7 @@ class Table:
             source, names = self._source(last)
             self._describe(shown, where, names)
             values = dict(roots)
-            remembered: dict[str, tuple[object, Entry]] = {
+            remembered: dict[str, tuple[Any, Entry]] = {
                 name: (key, self._at(where[id(values[name])])) for name, key in self._keys.items()
             }
         born = last.born
@@ -67,9 +73,25 @@ class Table:
             source=source,
             born=born,
         )
+        self._check_source()
         made = folder.commit(wanted, self._shards.values())
         folder.remembered = remembered  # older ones may be in files that are gone now
         return made
+
+    def _check_source(self) -> None:
+        """Refuse to refer to a checkpoint that is no longer what was opened."""
+        binding = self._binding
+        if binding is None:
+            return
+        shards = binding.checkpoint.shards.items()
+        changed = [name for name, shard in shards if not shard.is_in_place()]
+        if changed:
+            raise CommitError(
+                f"cannot commit to {self._folder.path}: the model reads from the checkpoint "
+                f"{binding.checkpoint.path}, of which {listed(changed)} was changed, replaced or "
+                "removed since it was opened, and reopening would find other weights; put it "
+                "back, or keep the model with save_checkpoint"
+            )
 
     def _entries_in_files(self) -> dict[Held, Residency]:
         return {
@@ -88,6 +110,7 @@ class Table:
     def _where(self, roots: list[tuple[str, Value]]) -> dict[int, Stored | Entry]:
         """Have every value in a file; tell where, by the identity of what holds it."""
         values = {id(root): (root, name) for name, root in roots}
+        self._left = self._files_to_leave()
         where: dict[int, Stored | Entry] = {}
         waiting = list(values.values())
         for _ in range(_MOST_TRIES):
@@ -137,7 +160,30 @@ class Table:
         key = (digest_of(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride())
         self._keys[name] = key
         known, entry = self._folder.remembered.get(name, (None, {}))
-        return entry if known == key else self._folder.put(name, tensor.detach(), None)
+        if known == key and entry["at"][0] not in self._left:
+            return entry
+        return self._folder.put(name, tensor.detach(), None)
+
+    def _files_to_leave(self) -> set[str]:
+        """Find files that values in memory were committed to, and little else is alive in."""
+        live_bytes: Counter[str] = Counter()
+        for (_, dtype, shape, _), entry in self._folder.remembered.values():
+            live_bytes[entry["at"][0]] += _bytes_of(dtype, shape) + _ENTRY_BYTES
+        files = set(live_bytes)
+        if not files:
+            return files
+        for held in self._entries_in_files():
+            stored = held.backing.stored if isinstance(held.backing, DiskBacking) else None
+            if stored is not None:
+                for shard in stored.shards:
+                    live_bytes[shard.path.name] += _bytes_of(stored.dtype, stored.shape)
+        sizes = {name: size for name, (size, _) in self._folder.last_commit.shards.items()}
+        small = {name for name in files if sizes.get(name, 0) < SMALL_BYTES}
+        return (small if len(small) > MOST_SMALL_FILES else set()) | {
+            name
+            for name in files
+            if sizes.get(name, 0) - live_bytes[name] > max(live_bytes[name], _LEAST_DEAD_BYTES)
+        }
 
     def _goes_here(self, held: Held) -> bool:
         backing = held.root.backing
@@ -148,7 +194,10 @@ class Table:
 
     def _is_of_source(self, held: Held, stored: Stored) -> bool:
         binding = self._binding
-        return binding is not None and held.name in binding.recipes and not self._is_own(stored)
+        if binding is None or held.name not in binding.recipes:
+            return False
+        source = {id(shard) for shard in binding.checkpoint.shards.values()}
+        return all(id(shard.first) in source for shard in stored.shards)
 
     # ------------------------------------------------------------------ the table
 
@@ -213,17 +262,16 @@ class Table:
         return entry if strides is None else {**entry, "strides": list(strides)}
 
     def _born(self, shown: list[Shown]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Give dtype and shape of every tensor as it was offloaded; of plain modules, as it is."""
-        layouts = {
-            one.name: (one.value.dtype, tuple(one.value.shape))
-            for one in shown
-            if isinstance(one.value, torch.Tensor)
-        }
-        layouts.update(self._faces.born())
-        return {
+        """Give dtype and shape of every tensor as it was offloaded.
+
+        What plain modules were built with nobody knows by now: of theirs only names are given.
+        """
+        plain = {one.name: ("", ()) for one in shown if isinstance(one.value, torch.Tensor)}
+        offloaded = {
             name: (str(dtype).removeprefix("torch."), shape)
-            for name, (dtype, shape) in layouts.items()
+            for name, (dtype, shape) in self._faces.born().items()
         }
+        return {**plain, **offloaded}
 
 
 def source_of(binding: Binding) -> dict[str, Any]:
@@ -233,3 +281,7 @@ def source_of(binding: Binding) -> dict[str, Any]:
         "dtype": None if binding.dtype is None else str(binding.dtype).removeprefix("torch."),
         "files": fingerprint_of(binding.checkpoint),
     }
+
+
+def _bytes_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize

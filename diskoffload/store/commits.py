@@ -17,12 +17,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from diskoffload.errors import DamagedFileError
 from diskoffload.store.journal import Journal, Record
+from diskoffload.store.lock import is_shard_name
 
 _VERSION = 1
 # What is written whole when it has changed; the tables are written entry by entry.
 _WHOLE = ("note", "source", "born")
+_KINDS = frozenset(("parameter", "buffer", "unsaved buffer", "gone", "root"))
 Entry = dict[str, Any]
 
 
@@ -37,7 +41,8 @@ class Committed:
         shards: by file name, the length in bytes and the header's digest.
         note_text: whatever was given with the commit, as JSON.
         source: the checkpoint that the model was opened from, and its fingerprint.
-        born: by full name, dtype and shape when the model was offloaded.
+        born: by full name, dtype and shape when the model was offloaded; no dtype of what was in
+            a plain module.
     """
 
     number: int = 0
@@ -126,18 +131,76 @@ def _replayed(records: list[Record], where: str) -> Committed:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _foreign(where, error) from error
     try:
-        shards = {name: (int(size), str(text)) for name, (size, text) in state["shards"].items()}
+        shards = {_shard_name(name): _shard(*said) for name, said in state["shards"].items()}
+        entries = {_text(name): _entry(said, shards) for name, said in state["entries"].items()}
         born = state.get("born")
         if born is not None:
-            born = {name: (str(dtype), tuple(shape)) for name, (dtype, shape) in born.items()}
-        if not all(
-            isinstance(entry, dict) and "at" in entry for entry in state["entries"].values()
-        ):
-            raise ValueError("an entry says not where its tensor is")
+            born = {
+                _text(name): (_text(dtype), _sizes(shape)) for name, (dtype, shape) in born.items()
+            }
+        source = state.get("source")
+        if source is not None:
+            _text(source["path"])
+            _dtype(source["dtype"], may_lack=True)
+            source["files"].items()
         note_text = json.dumps(state.pop("note", None))
-        return Committed(**{**state, "shards": shards, "born": born, "note_text": note_text})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        checked = {"shards": shards, "entries": entries, "born": born, "note_text": note_text}
+        return Committed(**{**state, **checked})
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise _foreign(where, error) from error
+
+
+def _entry(said: Any, shards: Mapping[str, object]) -> Entry:
+    """Check what a record says of one tensor; raise anything if it cannot be."""
+    if said["is"] not in _KINDS:
+        raise ValueError(f"a tensor is {said['is']!r}")
+    if said["is"] == "parameter" and not isinstance(said["grad"], bool):
+        raise ValueError("a parameter neither takes part in training nor does not")
+    at = said["at"]
+    if isinstance(at, list):
+        file, key = at
+        if file not in shards:
+            raise ValueError(f"a tensor is in {file!r}, which was not committed")
+        _text(key)
+        _sizes(said.get("strides", []))
+    elif isinstance(at, dict):
+        (word,) = at.keys() & {"source", "tie", "view"}
+        _text(at[word])
+        if word == "view":
+            _dtype(at["dtype"])
+            _sizes([*at["shape"], *at["strides"], at["offset_bytes"]])
+            if len(at["shape"]) != len(at["strides"]):
+                raise ValueError("a view has more dimensions than strides, or fewer")
+    elif at is not None:
+        raise ValueError(f"a tensor is at {at!r}")
+    return dict(said)
+
+
+def _shard_name(name: Any) -> str:
+    if not is_shard_name(_text(name)):  # it is opened, and removed one day
+        raise ValueError(f"{name!r} is no file of an offload folder")
+    return str(name)
+
+
+def _shard(size: Any, digest: Any) -> tuple[int, str]:
+    return _sizes([size])[0], _text(digest)
+
+
+def _text(said: Any) -> str:
+    if not isinstance(said, str):
+        raise TypeError(f"{said!r} is no text")
+    return said
+
+
+def _sizes(said: Any) -> tuple[int, ...]:
+    if not all(type(one) is int and 0 <= one < 1 << 63 for one in said):  # a bool is an int
+        raise ValueError(f"{said!r} are no sizes")
+    return tuple(said)
+
+
+def _dtype(said: Any, *, may_lack: bool = False) -> None:
+    if not (said is None and may_lack) and not isinstance(vars(torch).get(said), torch.dtype):
+        raise ValueError(f"{said!r} is no dtype")
 
 
 def _foreign(where: str, error: Exception) -> DamagedFileError:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from diskoffload.errors import CommitError
-from diskoffload.store.commits import Committed, Entry
-from diskoffload.store.folder import Folder
+from diskoffload.store.commits import Commits, Committed, Entry
+from diskoffload.store.folder import Folder, open_committed
 from diskoffload.store.header import StoredSpec
+from diskoffload.store.journal import Journal
 from diskoffload.store.shard import Shard
 from diskoffload.store.stored import RAW, stored_tensors
+from diskoffload.system.files import Files
 
 # A file is written anew once more of it is dead than alive: each byte is then copied at most
 # once for each byte that died, and garbage is never more than what is alive.
@@ -40,7 +43,38 @@ def is_mostly_dead(shard: Shard, live: Iterable[StoredSpec]) -> bool:
     return live_bytes < data_bytes * _LEAST_LIVE_SHARE
 
 
-def compact_folder(folder: Folder, *, dry_run: bool = False) -> Compaction:
+@dataclass(frozen=True)
+class _Dead:
+    """The files of a commit that should be written anew, and by key who refers to what is alive."""
+
+    shards: Mapping[str, Shard]
+    live: Mapping[str, Mapping[str, list[str]]]
+
+    def compaction(self, last: Committed) -> Compaction:
+        moved_bytes = sum(
+            self.shards[name].header.specs[key].nbytes
+            for name in self.live
+            for key in self.live[name]
+        )
+        sizes = sum(last.shards[name][0] for name in self.live)
+        return Compaction(len(self.live), moved_bytes, max(0, sizes - moved_bytes))
+
+
+def planned_compaction(path: Path) -> Compaction:
+    """Tell what compacting a folder would do. Nothing is changed, and it may be in use.
+
+    Raises:
+        CommitError: nothing was committed.
+        DamagedFileError: the journal or a file is not what was written.
+        StorageError: something cannot be read.
+    """
+    files = Files()
+    last = Commits(Journal(path, files)).last
+    _check_any(last, path)
+    return _dead(last, lambda name: open_committed(path, name, last, files)).compaction(last)
+
+
+def compact_folder(folder: Folder) -> Compaction:
     """Compact what was committed in a folder that no model uses now.
 
     Every tensor that moves is compared with its checksum. The new files are committed before
@@ -48,7 +82,6 @@ def compact_folder(folder: Folder, *, dry_run: bool = False) -> Compaction:
 
     Args:
         folder: just opened.
-        dry_run: change nothing, say what would be done.
 
     Raises:
         CommitError: nothing was committed.
@@ -56,26 +89,32 @@ def compact_folder(folder: Folder, *, dry_run: bool = False) -> Compaction:
         StorageError: the disk refused; what was committed is as it was.
     """
     last = folder.last_commit
+    _check_any(last, folder.path)
+    dead = _dead(last, folder.committed_shard)
+    found = dead.compaction(last)
+    if dead.live:
+        _move(folder, last, dead.shards, dead.live)
+    return found
+
+
+def _check_any(last: Committed, path: Path) -> None:
     if not last.number:
-        raise CommitError(f"nothing was committed in {folder.path}: there is nothing to compact")
+        raise CommitError(f"nothing was committed in {path}: there is nothing to compact")
+
+
+def _dead(last: Committed, shard_of: Callable[[str], Shard]) -> _Dead:
     live: dict[str, dict[str, list[str]]] = {name: {} for name in last.shards}
     for name, entry in last.entries.items():
         if isinstance(entry["at"], list):
             file, key = entry["at"]
             live[file].setdefault(key, []).append(name)
-    shards = {name: folder.committed_shard(name) for name in last.shards}
-    dead = [
-        name
+    shards = {name: shard_of(name) for name in last.shards}
+    dead = {
+        name: live[name]
         for name, shard in shards.items()
         if is_mostly_dead(shard, [shard.header.specs[key] for key in live[name]])
-    ]
-    specs = [shards[name].header.specs[key] for name in dead for key in live[name]]
-    moved_bytes = sum(spec.nbytes for spec in specs)
-    sizes = sum(last.shards[name][0] for name in dead)
-    found = Compaction(len(dead), moved_bytes, max(0, sizes - moved_bytes))
-    if dead and not dry_run:
-        _move(folder, last, shards, {name: live[name] for name in dead})
-    return found
+    }
+    return _Dead(shards, dead)
 
 
 def _move(

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,7 +60,12 @@ class Folder:
     _is_made = False  # of one whose making failed, which the error may keep
 
     def __init__(
-        self, path: Path | str | None = None, *, files: Files | None = None, group_bytes: int = 0
+        self,
+        path: Path | str | None = None,
+        *,
+        files: Files | None = None,
+        group_bytes: int = 0,
+        is_named: bool = True,
     ) -> None:
         """Make the folder if need be, and lock it.
 
@@ -68,6 +74,7 @@ class Folder:
             files: the file operations, for tests.
             group_bytes: how much is gathered in memory before a shard is written; 0 takes a
                 sixteenth of what is available, between 8 and 256 MiB.
+            is_named: whether a folder is wanted that its user names; a warning says if not.
 
         Raises:
             FolderInUseError: another process owns it.
@@ -78,7 +85,10 @@ class Folder:
         if path is None:
             with naming_faults("make a temporary folder", tempfile.tempdir or "TMPDIR"):
                 self.path, made = Path(tempfile.mkdtemp(prefix="diskoffload-")), True
-            _log.warning("no offload_dir was given: offloading to %s, gone at the end", self.path)
+            if is_named:
+                _log.warning(
+                    "no offload_dir was given: offloading to %s, gone at the end", self.path
+                )
         else:
             self.path = Path(path).expanduser().absolute()
             made = files.make_folder(self.path)
@@ -93,7 +103,8 @@ class Folder:
         self._files = files
         self._commit_lock = threading.Lock()
         self.turn = threading.Lock()
-        self.remembered: dict[str, tuple[object, Entry]] = {}
+        self.remembered: dict[str, tuple[Any, Entry]] = {}
+        self._shows: Committed | None = None
         self._durable: set[str] = set()
         self._in_doubt: set[str] = set()
         self._suspect: set[str] = set()
@@ -181,7 +192,11 @@ class Folder:
     @property
     def last_commit(self) -> Committed:
         """What was committed last; its number is 0 if nothing was."""
-        return self._commits.last
+        return self._shows or self._commits.last
+
+    def show_only(self, committed: Committed) -> None:
+        """Take changes, but no commits: the model shows a commit of another's folder."""
+        self._shows = committed
 
     def claim_commits(self, owner: object, *, reopened: bool = False) -> None:
         """Say whose commits come next; what was committed before stays theirs alone.
@@ -193,6 +208,11 @@ class Folder:
         Raises:
             CommitError: the folder holds the commits of another.
         """
+        if self._shows is not None:
+            raise CommitError(
+                "this model was reopened with read_only=True, so its changes have no place to "
+                "stay: reopen it without, or keep it with save_checkpoint"
+            )
         committer = self._committer() if self._committer is not None else None
         if committer is not owner and not reopened and self.last_commit.number:
             raise CommitError(
@@ -213,10 +233,7 @@ class Folder:
 
     def owns(self, shard: Shard) -> bool:
         """Whether a shard is one of this folder's files."""
-        owner = shard.owner
-        while isinstance(owner, Shard):  # a twin's is the shard that it was made from
-            owner = owner.owner
-        return owner is self._owner
+        return shard.first.owner is self._owner
 
     def is_suspect(self, shard: Shard) -> bool:
         """Whether it is in doubt what of a shard is on disk: its fsync failed, or it is lost."""

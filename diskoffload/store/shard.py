@@ -105,6 +105,12 @@ class Shard:
             made._fd = self._files.duplicate(self._fd, self.path)
         return made
 
+    @property
+    def first(self) -> Shard:
+        """The shard that this one is a twin of, or a twin's twin; else itself."""
+        owner = self.owner
+        return owner.first if isinstance(owner, Shard) else self
+
     def rest(self, *, keep: bool = False) -> None:
         """Map the file and close the descriptor; later reads open it by its name.
 

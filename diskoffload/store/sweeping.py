@@ -69,21 +69,26 @@ def _sweep_one(folder: Path, files: Files, *, dry_run: bool) -> list[Left]:
     ours = [*leftovers(folder), folder / (JOURNAL_NAME + NEW_SUFFIX)]
     if not lock.exists() and not any(path.exists() for path in ours):
         return []
+    if dry_run:
+        if lock.exists():
+            files.check_unlocked(lock)
+        return _unneeded(Commits(Journal(folder, files)), ours, lock if lock.exists() else None)
     had_lock = lock.exists()
     fd = files.lock(lock)
     try:
         commits = Commits(Journal(folder, files))
-        if not dry_run:
-            commits.make_durable()
-        kept = commits.last.shards
-        unneeded = [path for path in ours if path.exists() and path.name not in kept]
-        found = [Left(path, path.stat().st_size) for path in unneeded]
-        if had_lock:
-            found.append(Left(lock, 0))
-        for path in () if dry_run else unneeded:
-            files.remove(path)
+        commits.make_durable()
+        found = _unneeded(commits, ours, lock if had_lock else None)
+        for one in found:
+            if one.path != lock:
+                files.remove(one.path)
     finally:
-        if not dry_run or not had_lock:
-            files.remove(lock)
+        files.remove(lock)
         files.close(fd)
     return found
+
+
+def _unneeded(commits: Commits, ours: list[Path], lock: Path | None) -> list[Left]:
+    kept = commits.last.shards
+    found = [Left(one, one.stat().st_size) for one in ours if one.exists() and one.name not in kept]
+    return found if lock is None else [*found, Left(lock, 0)]

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from diskoffload.errors import NoSpaceError, StorageError
-from diskoffload.system.locking import lock_file, unlock
+from diskoffload.system.locking import check_unlocked, lock_file, unlock
 from diskoffload.system.memory import Memory, map_file
 
 # What devices of today read at once at the least, or a multiple of it.
@@ -345,6 +345,11 @@ class Files:
         """
         with naming_faults("lock the folder", path):
             return lock_file(path)
+
+    def check_unlocked(self, path: Path) -> None:
+        """Raise :class:`FolderInUseError` if a process has that lock; nothing is changed."""
+        with naming_faults("look at the lock of the folder", path):
+            check_unlocked(path)
 
 
 def _identity(status: os.stat_result) -> Identity:

@@ -69,6 +69,19 @@ def lock_file(path: Path) -> int:
         os.close(fd)
 
 
+def check_unlocked(path: Path) -> None:
+    """Raise :class:`FolderInUseError` if a process has a lock file now; nothing is changed."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        _try(fd, path, fcntl.LOCK_SH)
+    except OSError as error:
+        if error.errno not in _CANNOT_LOCK:
+            raise
+        _refuse_if_claimed(_claims(fd), {**_describe(os.getpid()), "token": ""}, path)
+    finally:
+        os.close(fd)
+
+
 def unlock(fd: int) -> None:
     """Free a lock that is a claim; to be called before its descriptor is closed.
 
@@ -109,9 +122,9 @@ def _sign(fd: int) -> None:
         os.write(fd, f"{os.getpid()}\n".encode("ascii"))
 
 
-def _lock(fd: int, path: Path, made: bool) -> None:
+def _try(fd: int, path: Path, kind: int) -> None:
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
     except BlockingIOError as error:
         owner = os.pread(fd, 64, 0).decode("ascii", "replace").strip() or "unknown"
         raise FolderInUseError(
@@ -120,6 +133,11 @@ def _lock(fd: int, path: Path, made: bool) -> None:
             "wait for it to end, or name another offload_dir",
             str(path.parent),
         ) from error
+
+
+def _lock(fd: int, path: Path, made: bool) -> None:
+    try:
+        _try(fd, path, fcntl.LOCK_EX)
     except OSError as error:
         if error.errno not in _CANNOT_LOCK:
             raise

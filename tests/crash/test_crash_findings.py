@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import threading
 from collections.abc import Callable
@@ -64,7 +65,7 @@ def test_a_commit_that_was_interrupted_when_it_was_durable(
     made.write(Committed(note_text='"a"', entries={"x": {"at": None, "is": "buffer"}}))
     files.once("close", error)
     with pytest.raises(type(error)):
-        made.write(Committed(note_text='"b"' * 500, entries={}))
+        made.write(Committed(note_text=json.dumps("b" * 500), entries={}))
     wanted = made.write(Committed(note_text='"a"', entries={"x": {"at": None, "is": "buffer"}}))
     assert commits(root, files).last == wanted
 
