@@ -72,7 +72,8 @@ def _add_sweep(commands: Any) -> None:
         "sweep",
         help="remove what processes that died have left in a folder",
         description="Remove scratch files that no process uses and no commit refers to, in an "
-        "offload folder or in the temporary ones inside PATH (/tmp). Files of others stay.",
+        "offload folder or in the temporary ones inside PATH (/tmp), and results there that a "
+        "killed process had begun to save. Files of others stay.",
     )
     parser.add_argument("path", metavar="PATH", help="a folder")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")

@@ -15,6 +15,7 @@ from diskoffload.errors import InvalidInputError, NoSpaceError, OutputExistsErro
 from diskoffload.planning import format_bytes
 from diskoffload.store.journal import JOURNAL_NAME, NEW_SUFFIX
 from diskoffload.store.lock import LOCK_NAME
+from diskoffload.store.sweeping import sweep_unfinished
 from diskoffload.system.files import Files, free_bytes, naming_faults
 
 _log = logging.getLogger(__name__)
@@ -87,12 +88,17 @@ def new_folder(out: Path, files: Files, *, overwrite: bool) -> Iterator[Path]:
     check_output(out, overwrite, ", or pass overwrite=True")
     if files.make_folder(out.parent):
         files.sync_folder(out.parent.parent)
+    with contextlib.suppress(PermissionError):  # a place that may be written but not listed
+        sweep_unfinished(out.parent, files, name=out.name)
     building = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
     files.make_folder(building)
+    fd = -1
     try:
+        fd = files.lock(building / LOCK_NAME)  # tells a sweep that it is still being written
         yield building
         if out.is_dir():
             _carry_over(out, building)
+        files.remove(building / LOCK_NAME)
         _sync_all(building, files)
         if not out.exists():
             files.rename(building, out)
@@ -107,7 +113,11 @@ def new_folder(out: Path, files: Files, *, overwrite: bool) -> Iterator[Path]:
         files.sync_folder(out.parent)
     finally:
         # After an exchange this is the old checkpoint, before it the unfinished new one.
+        with contextlib.suppress(OSError):
+            (building / LOCK_NAME).touch()  # if we are killed now, a sweep may have the rest
         shutil.rmtree(building, ignore_errors=True)
+        if fd >= 0:
+            files.close(fd)
 
 
 def _sync_all(folder: Path, files: Files) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +11,12 @@ from diskoffload.errors import FolderInUseError, StorageError
 from diskoffload.store.commits import Commits
 from diskoffload.store.journal import JOURNAL_NAME, NEW_SUFFIX, Journal
 from diskoffload.store.lock import LOCK_NAME, leftovers
-from diskoffload.system.files import Files
+from diskoffload.system.files import Files, naming_faults
 
 # What tempfile makes of the prefix that folders without a name of their own get.
 _TEMPORARY = re.compile(r"diskoffload-[a-z0-9_]{8}")
+# A result that was being saved: beside its place, and locked until it is whole.
+_UNFINISHED = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.partial")
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,16 @@ class Left:
 
 
 def sweep(path: Path | str, *, dry_run: bool = False) -> list[Left]:
-    """Remove what dead processes left in an offload folder, or in temporary ones inside it.
+    """Remove what dead processes left in an offload folder, or in folders of ours inside a place.
 
     Only files of our own making go: shards that no commit refers to, begun ones, locks that
-    nobody holds. What was committed stays, and so does every file of others, and any folder
-    that a process is using. A temporary folder that is empty then goes too.
+    nobody holds; results that a killed ``save_checkpoint`` had begun, beside their place. What
+    was committed stays, and so does every file of others, and any folder that a process is
+    using. A temporary folder that is empty then goes too.
 
     Args:
-        path: an offload folder, or a place where temporary ones are made (``/tmp``).
+        path: an offload folder, or a place where temporary ones are made (``/tmp``) or results
+            are saved.
         dry_run: remove nothing.
 
     Returns:
@@ -61,6 +66,37 @@ def sweep(path: Path | str, *, dry_run: bool = False) -> list[Left]:
                     files.remove_folder_if_empty(inner)
             except FolderInUseError:
                 continue
+    return found + sweep_unfinished(place, files, dry_run=dry_run)
+
+
+def sweep_unfinished(
+    place: Path, files: Files, *, name: str | None = None, dry_run: bool = False
+) -> list[Left]:
+    """Remove results that a killed process had begun to save in a place.
+
+    Args:
+        place: the folder that they were to appear in.
+        files: the file operations.
+        name: only of the result of that name.
+        dry_run: remove nothing.
+    """
+    found = []
+    for inner in sorted(place.iterdir()):
+        match = _UNFINISHED.fullmatch(inner.name)
+        if match is None or name not in (None, match["name"]) or inner.is_symlink():
+            continue
+        lock = inner / LOCK_NAME
+        if not lock.is_file():
+            continue  # of others, or only just made
+        try:
+            files.check_unlocked(lock)
+        except FolderInUseError:
+            continue
+        paths = [path for path in inner.rglob("*") if path.is_file() and not path.is_symlink()]
+        found += [Left(path, path.stat().st_size) for path in paths]
+        if not dry_run:
+            with naming_faults("remove the folder", inner):
+                shutil.rmtree(inner)
     return found
 
 

@@ -118,6 +118,26 @@ def test_a_journal_that_was_begun_is_swept(root: Path) -> None:
     folder.close()
 
 
+def test_the_journal_is_durable_before_anything_is_swept(root: Path, checkpoint: Path) -> None:
+    """Its last record may be one that no fsync followed, because a kill came first."""
+    model = hold("mixed", root, checkpoint)
+    diskoffload.commit(model)
+    del model
+    gc.collect()
+    (root / "diskoffload-0123abcd-00001.safetensors").write_bytes(b"what an older record needs")
+    done: list[tuple[str, str]] = []
+
+    def note(what: str, name: str) -> None:
+        done.append((what, name))
+
+    files = Breaks()
+    files.breaks = note
+    Folder(root, files=files).close()
+    removed = done.index(("remove", "diskoffload-0123abcd-00001.safetensors"))
+    assert ("sync", JOURNAL_NAME) in done[:removed]
+    assert ("sync_folder", root.name) in done[:removed]
+
+
 def replaced(net: Any, value: float) -> None:
     for cell in (net.one, net.two, net.three):
         for key in ("w", "u"):
