@@ -37,6 +37,8 @@ _log = logging.getLogger(__name__)
 # Room left to the rest of the process when kept values grow: the smaller of these.
 _RESERVE_BYTES = 512 << 20
 _RESERVE_SHARE = 0.1
+# What is available is not all for us where nobody has said how much: a share of it is.
+_UNASKED_SHARE = 2
 # Mapped tensors that may be edited before anyone looks: at least so much, else this share of
 # what is available, and of max_bytes where it is given.
 _LEAST_WINDOW_BYTES = 32 << 20
@@ -73,7 +75,8 @@ class Residency:
             max_bytes: what loaded copies may take; ``None``: what is available.
             headroom: tells what is available.
             mode: how weights are held that lie on disk as they are used: ``"mapped"``,
-                ``"streamed"``, or ``"auto"``, mapped as long as they fit what is available.
+                ``"streamed"``, or ``"auto"``: streamed if they do not fit what is available and
+                ``max_bytes`` says what memory of the process's own they may take.
         """
         self.max_bytes = max_bytes
         self._streaming = Streaming(mode)
@@ -148,7 +151,9 @@ class Residency:
             return held.publish()
 
     def _decide(self) -> None:
-        self._streaming.decide(self._room_bytes, self._headroom.explain)
+        # Without a budget nobody has said that memory of the process's own may be taken.
+        if self.max_bytes is not None:
+            self._streaming.decide(self._room_bytes, self._headroom.explain)
 
     def _room_bytes(self) -> int:
         """Tell what is available, or is taken by what we could give back."""
@@ -226,6 +231,8 @@ class Residency:
         """Tell how many bytes of loaded copies may stay now."""
         reserve = min(_RESERVE_BYTES, int(self._headroom.limit_bytes() * _RESERVE_SHARE))
         free = self._room_bytes() - reserve
+        if self.max_bytes is None and self._streaming.is_on:
+            free //= _UNASKED_SHARE
         return max(0, free if self.max_bytes is None else min(free, self.max_bytes))
 
     def make_room(self, nbytes: int) -> None:

@@ -1,0 +1,48 @@
+"""A model of twice the memory limit, run again and again: what is kept is not read again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+import torch
+from cgroup import MemoryCgroup
+from safetensors.torch import save_file
+from sealed import LIMIT_BYTES, fingerprint
+from work_stream_in_group import KEPT_BYTES, LAYERS, WIDTH, make_model, output_of
+
+WORK = Path(__file__).with_name("work_stream_in_group.py")
+MODEL_BYTES = LAYERS * WIDTH * WIDTH * 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_each_pass_reads_what_was_not_kept(
+    real_cgroup: Callable[[int], AbstractContextManager[MemoryCgroup]], disk_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = make_model()
+    source = disk_path / "checkpoint"
+    source.mkdir()
+    save_file(model.state_dict(), source / "model.safetensors")
+    before = fingerprint(source)
+    command = [sys.executable, str(WORK), str(source), str(disk_path / "offload")]
+    with real_cgroup(LIMIT_BYTES) as group:
+        run = group.run(command, timeout_seconds=280)
+        assert run.returncode == 0, run.stderr
+        assert group.oom_kills() == 0
+    report = json.loads(run.stdout.splitlines()[-1])
+    assert report["on"]  # it fits nowhere, and was given a budget
+    first, *others = report["passes"]
+    baseline_bytes = first["before_anonymous_bytes"]
+    for number, (taken, kept) in enumerate(zip(report["passes"], report["kept"], strict=True)):
+        assert KEPT_BYTES // 2 < kept <= KEPT_BYTES
+        assert taken["peak_anonymous_bytes"] <= baseline_bytes + KEPT_BYTES + (32 << 20), number
+    for taken, kept in zip(others, report["kept"], strict=False):
+        assert taken["read_bytes"] <= 1.05 * (MODEL_BYTES - kept)
+    assert report["output"] == output_of(model)
+    assert fingerprint(source) == before
