@@ -231,7 +231,10 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
                 f"cannot assign {type(value).__name__} to {self._full_name(key)!r}: "
                 "a module's entry is a tensor or None"
             )
-        held = None if value is None else held_of(value) or self._new(key, value)
+        held = None if value is None else held_of(value)
+        if held is None and value is not None:
+            self.residency.postpone(self._held.get(key))
+            held = self._new(key, value)
         with self.residency.lock:
             old = self._held.get(key)
             if held is not None and held is old:

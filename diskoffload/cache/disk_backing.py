@@ -10,7 +10,7 @@ from diskoffload.residency.held import Backing
 from diskoffload.store.folder import Folder
 from diskoffload.store.header import ALIGNMENT_BYTES
 from diskoffload.store.shard import Shard
-from diskoffload.store.stored import ShardTensor, Stored
+from diskoffload.store.stored import ShardTensor, Stored, StridedTensor
 from diskoffload.store.writer import Ticket
 from diskoffload.system.memory import PAGE_BYTES, discard_written, tensor_bytes, written_pages
 
@@ -87,7 +87,7 @@ class DiskBacking:
         """Refer to the same value, with another place for newer ones."""
         return DiskBacking(folder, compression, self.stored, self.layout, align=self.align)
 
-    def twin(self, memo: dict[int, Any]) -> Backing | None:
+    def twin(self, memo: dict[int, Any], *, gaps: bool) -> Backing | None:
         """Refer to the same file through a mapping of its own."""
         if self.stored is None:
             return None
@@ -98,6 +98,8 @@ class DiskBacking:
             return made
 
         stored = self.stored.over(twin_of)
+        if not gaps and isinstance(stored, StridedTensor):
+            stored = stored.without_gaps()
         return DiskBacking(self.folder, self.compression, stored, align=self.align)
 
     def forget_edits(self, address: int, nbytes: int) -> None:

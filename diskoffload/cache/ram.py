@@ -56,7 +56,7 @@ class RamBacking:
         """Stay: no value of ours is ever written."""
         return self
 
-    def twin(self, memo: dict[int, Any]) -> Backing | None:
+    def twin(self, memo: dict[int, Any], *, gaps: bool) -> Backing | None:
         """Answer ``None``: what is in RAM must be copied."""
         return None
 

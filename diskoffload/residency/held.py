@@ -77,10 +77,11 @@ class Backing(Protocol):
     def succeed(self, ticket: Ticket) -> Backing:
         """Give the backing that holds what a ticket has stored."""
 
-    def twin(self, memo: dict[int, Any]) -> Backing | None:
+    def twin(self, memo: dict[int, Any], *, gaps: bool) -> Backing | None:
         """Give a backing of the same value that shares no memory with this one.
 
-        ``None`` where only a copy of the value will do. ``memo`` is :mod:`copy`'s.
+        ``None`` where only a copy of the value will do. ``memo`` is :mod:`copy`'s; ``gaps``
+        between elements stay or are closed.
         """
 
     def was_edited(self, value: torch.Tensor) -> bool:
@@ -222,7 +223,9 @@ class Held:
     def _on_meta(self) -> torch.Tensor:
         assert self.tensor is not None  # or there would be a template already
         if self.state is not State.VACANT or self.backing is None:
-            return self.tensor.detach().to("meta")
+            dtype, shape = self.tensor.dtype, tuple(self.tensor.shape)
+            # Gaps too, which a copy would close: the stand-in's layout tells whether it is old.
+            return torch.empty_strided(shape, self.tensor.stride(), dtype=dtype, device="meta")
         dtype, shape = self.backing.layout  # the object has no elements now
         return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -235,8 +238,10 @@ class Held:
             (template.dtype, template.shape, template.stride())
             != (tensor.dtype, tensor.shape, tensor.stride())
         ):
-            self._template = None
-            return
+            if not template.is_meta:
+                self._template = None
+                return
+            template.requires_grad_(False).data = self._on_meta()  # who has it may put it back
         template.requires_grad_(tensor.requires_grad)
         template.__dict__.update(tensor.__dict__)
 

@@ -359,9 +359,9 @@ class Residency:
             return
         if self._became_view(held):
             return
-        outcome = held.backing.rewrite(held.name, held.tensor.detach())
         if held.ticket is not None:
-            held.ticket.cancel()
+            held.ticket.cancel()  # before it is begun for want of room
+        outcome = held.backing.rewrite(held.name, held.tensor.detach())
         held.state = State.FRESH
         if isinstance(outcome, Ticket):
             held.ticket = outcome
@@ -371,6 +371,14 @@ class Residency:
             held.backing = outcome
             value = outcome.beneath(held.tensor.device)
             held.lay(held.tensor, State.BENEATH if value is not None else State.LOADED)
+
+    def postpone(self, held: Held | None) -> None:
+        """Leave it to the next sync to write an entry that is about to be replaced."""
+        with self.lock:
+            if held is None or held.ticket is None or held.views is not None:
+                return
+            if len(held.bindings) == 1:  # else others show it too
+                held.ticket.cancel()
 
     def update(self, held: Held, data: torch.Tensor, device: torch.device) -> None:
         """Give an entry the value of ``data`` at this moment, as ``copy_`` would.
@@ -467,10 +475,10 @@ class Residency:
         """Go on with a parked entry, because a module shows it again."""
         with self.lock:
             if self._parking.leave(held):
+                self._became_view(held)  # of what was put onto its memory meanwhile
                 if held.state is State.LOADED:
                     self._loaded[held] = held.nbytes
                 self._arrived.append(weakref.ref(held))
-                self._storages.note(held)
 
     def sync(self, selects: Callable[[Held], bool]) -> set[Held]:
         """Write what was changed in any way, and return when it is written.
@@ -497,6 +505,12 @@ class Residency:
                 late = ticket is not None and ticket.stored is not None and not held.is_stored()
                 if held.state is not State.FRESH or lost or late:
                     self._write_back(held)
+            # Roots of what was found only now to lie on one memory; FRESH ones are on their way.
+            roots = {held.root for held in chosen}.difference(chosen)
+            for root in roots:
+                if root.state is not State.FRESH:
+                    self._write_back(root)
+            chosen += roots
             _flush(chosen)
             # A write that had begun before this call may have stored an older value.
             older = [held for held in chosen if held.state is State.FRESH and not held.is_stored()]

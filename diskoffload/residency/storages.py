@@ -120,7 +120,7 @@ class ViewBacking:
         made.root = root
         return made
 
-    def twin(self, memo: dict[int, Any]) -> Backing | None:
+    def twin(self, memo: dict[int, Any], *, gaps: bool) -> Backing | None:
         """Answer ``None``: a copy is a view of the root's copy, see :meth:`over`."""
         return None
 
@@ -132,11 +132,17 @@ class ViewBacking:
         """Do nothing: the root does."""
 
 
+class _Mates(list["weakref.ref[Held]"]):
+    """The entries that were seen on one storage; theirs, so it lasts as long as any of them."""
+
+
 class Storages:
     """Which entries lie on which storage. Guarded by the residency's lock."""
 
     def __init__(self) -> None:
-        self._first: weakref.WeakValueDictionary[int, Held] = weakref.WeakValueDictionary()
+        # Most storages have one entry only, which needs no list.
+        self._alone: weakref.WeakValueDictionary[int, Held] = weakref.WeakValueDictionary()
+        self._mates: weakref.WeakValueDictionary[int, _Mates] = weakref.WeakValueDictionary()
 
     def note(self, held: Held) -> Held | None:
         """Remember what an entry lies on; give one whose bytes overlap with its, if there is.
@@ -146,18 +152,19 @@ class Storages:
         key = held.storage_key()
         if not key:
             return None
-        first = self._first.get(key)
-        if first is None or first is held or first.storage_key() != key:
-            self._first[key] = held
-            return None
-        mates = first.mates if first.mates is not None else [weakref.ref(first)]
-        live = [(ref, one) for ref in mates if (one := ref()) is not None]
-        if held not in [one for _, one in live]:
-            live.append((weakref.ref(held), held))
-        mates[:] = [ref for ref, one in live if one.storage_key() == key]
-        for _, one in live:
+        mates = self._mates.get(key)
+        if mates is None:
+            first = self._alone.get(key)
+            if first is None or first is held or first.storage_key() != key:
+                self._alone[key] = held
+                return None
+            mates = self._mates[key] = _Mates([weakref.ref(first)])
+        others = [one for ref in mates if (one := ref()) is not None and one is not held]
+        here = [one for one in others if one.storage_key() == key]
+        mates[:] = [weakref.ref(one) for one in (*here, held)]
+        for one in (*here, held):
             one.mates = mates
-        overlapping = [one for _, one in live if one is not held and _overlap(one, held)]
+        overlapping = [one for one in here if _overlap(one, held)]
         # Of a tie the root stands for all: its views come and go.
         roots = [one.root for one in overlapping]
         return next((root for root in roots if root.backing is not None), None)

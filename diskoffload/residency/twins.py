@@ -40,7 +40,9 @@ def _twin(held: Held, entry_of: Callable[[torch.Tensor], Held], memo: dict[int, 
             root.views = weakref.WeakSet()
         twin: Backing | None = backing.over(root)
     else:
-        twin = None if backing is None else backing.twin(memo)
+        # Torch closes those of a Parameter that it copies, and leaves those of other tensors.
+        gaps = not isinstance(held.offloaded, torch.nn.Parameter)
+        twin = None if backing is None else backing.twin(memo, gaps=gaps)
     if twin is not None:
         template = copy.deepcopy(held.offloaded)
         vacant = object_like(template, torch.empty(0, dtype=template.dtype))

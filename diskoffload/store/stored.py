@@ -272,6 +272,12 @@ class StridedTensor:
         tensor = torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
         return tensor.copy_(self.inner.load() if source is None else source)
 
+    def without_gaps(self) -> Stored:
+        """Lay out the same value with its elements side by side, as ``Tensor.clone`` does."""
+        gapped = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
+        dense = torch.empty_like(gapped)
+        return self.inner if dense.is_contiguous() else StridedTensor(self.inner, dense.stride())
+
 
 def _dtype_named(name: Any) -> torch.dtype:
     # Not getattr, which has torch import whatever module is named.

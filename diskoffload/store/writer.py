@@ -154,19 +154,26 @@ class Writer:
         nbytes = tensor.numel() * tensor.dtype.itemsize
         ticket = Ticket(name, tensor, codec, nbytes, folder=folder)
         with self._lock:
-            completes = self._waiting_bytes + nbytes >= self._group_bytes
+            # Not before the next one comes: until then a newer value may take its place.
+            starts = self._count_waiting() >= self._group_bytes
             while self._running and (
                 self._running[0][1].done()
-                or (completes and len(self._running) >= _GROUPS_ON_THEIR_WAY)
+                or (starts and len(self._running) >= _GROUPS_ON_THEIR_WAY)
                 or self._waiting_bytes + self._running_bytes + nbytes
                 > _GROUPS_IN_MEMORY * self._group_bytes
             ):
                 self._finish_oldest()
+            if starts:
+                self._start_group()
             self._group.append(ticket)
             self._waiting_bytes += nbytes
-            if completes:
-                self._start_group()
         return ticket
+
+    def _count_waiting(self) -> int:
+        if self._waiting_bytes >= self._group_bytes:
+            self._group = [ticket for ticket in self._group if not ticket.cancelled]
+            self._waiting_bytes = sum(ticket.nbytes for ticket in self._group)
+        return self._waiting_bytes
 
     def flush(self) -> None:
         """Write all that waits and return when it is on disk.

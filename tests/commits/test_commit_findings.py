@@ -22,6 +22,7 @@ import diskoffload
 from diskoffload.cli import main
 from diskoffload.errors import CommitError, DamagedFileError, InvalidInputError, OffloadError
 from diskoffload.residency.resident import Residency
+from diskoffload.store.folder import Folder
 from diskoffload.store.journal import JOURNAL_NAME
 from diskoffload.store.sweeping import sweep
 from diskoffload.verifying import verify
@@ -168,6 +169,35 @@ def test_garbage_of_tensors_in_memory_is_bounded(tmp_path: Path) -> None:
     alive = sum(layer.weight.nbytes for layer in layers)
     taken = sum(path.stat().st_size for path in (tmp_path / "off").glob("*.safetensors"))
     assert taken <= 2 * alive + (2 << 20)
+
+
+@pytest.mark.parametrize("how", ["assigned", "updated", "edited"])
+@pytest.mark.parametrize("group_bytes", [1, 1 << 20])
+def test_repeated_updates_cost_one_write(tmp_path: Path, how: str, group_bytes: int) -> None:
+    """A tensor as large as a group was written each time."""
+    folder = Folder(tmp_path / "off", group_bytes=group_bytes)
+    module = torch.nn.Linear(256, 256, bias=False)
+    diskoffload.offload_module(module, "cpu", "disk", offload_dir=folder)
+    diskoffload.commit(module)
+    before = folder._writer.written_bytes
+    for number in range(10):
+        value = torch.full((256, 256), float(number))
+        if how == "assigned":
+            module.weight = torch.nn.Parameter(value)
+        elif how == "updated":
+            diskoffload.update_offload_parameter(module, "weight", value)
+        else:
+            with torch.no_grad():
+                module.weight.copy_(value)
+    diskoffload.commit(module)
+    written_bytes = folder._writer.written_bytes - before
+    assert value.nbytes <= written_bytes <= 1.1 * value.nbytes
+    expected = values(module)
+    del module, folder
+    gc.collect()
+    check_values(
+        diskoffload.reopen(tmp_path / "off", model=torch.nn.Linear(256, 256, bias=False)), expected
+    )
 
 
 # ---------------------------------------------------------------- what a journal may say

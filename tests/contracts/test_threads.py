@@ -221,11 +221,13 @@ def test_an_edit_made_while_its_older_value_is_written_is_on_disk_after_sync(
     is_held: bool, tmp_path: Path
 ) -> None:
     files = GatedFiles()
-    shelf = Shelf(Folder(tmp_path / "off", files=files, group_bytes=1), 1)
+    folder = Folder(tmp_path / "off", files=files, group_bytes=1)
+    shelf = Shelf(folder, 1)
     shelf.sync()
     tensors = [shelf.module.e0]
     with files.shut():
         diskoffload.update_offload_parameter(shelf.module, "e0", value_of(0, 1))
+        later = folder.put("later", torch.zeros(1), None)  # has what waits be written
         assert files.arrived.wait(PATIENCE_SECONDS)  # the writer has the bytes of version 1
         tensors[0].data.copy_(value_of(0, 2))
         if not is_held:
@@ -234,6 +236,7 @@ def test_an_edit_made_while_its_older_value_is_written_is_on_disk_after_sync(
         opening.start()
         shelf.sync()
         opening.join()
+    assert later.stored is not None
     written = [load_file(path) for path in (tmp_path / "off").glob("*.safetensors")]
     tensors = [tensor for one in written for tensor in one.values()]
     assert any(torch.equal(tensor, value_of(0, 2)) for tensor in tensors)

@@ -68,15 +68,15 @@ def files_of(shelf: Shelf) -> set[str]:
 
 def test_a_child_reads_while_the_writer_has_work(options: dict[str, Any], tmp_path: Path) -> None:
     files = GatedFiles()
-    # A group is written as soon as three entries wait.
+    # A group is written when three entries wait and another comes.
     group_bytes = 3 * value_of(0, 0).nbytes
     shelf = Shelf(Folder(tmp_path / "off", files=files, group_bytes=group_bytes), **options)
     shelf.sync()
     with files.shut():
         for entry, how in enumerate(("update", "assign", "update")):
             shelf.change(entry, how)
-        assert files.arrived.wait(_CHILD_SECONDS)
         shelf.change(3, "assign")  # this one waits for its turn
+        assert files.arrived.wait(_CHILD_SECONDS)
         in_a_child(shelf.read_all)
     shelf.read_all()
     shelf.sync()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import diskoffload
 from diskoffload.residency.held import State
-from diskoffload.residency.resident import Residency
+from diskoffload.residency.resident import Residency, current_value
 
 
 def offloaded(folder: Path, onload_device: str = "cpu", **options: Any) -> torch.nn.Linear:
@@ -123,3 +123,90 @@ def test_reading_after_an_edit_and_a_close(tmp_path: Path) -> None:
     module.weight.zero_()
     assert module.table[1] == 1
     assert not module.weight.any()
+
+
+@pytest.mark.parametrize("part", [slice(0, 20), slice(20, 40)], ids=["overlap", "apart"])
+@torch.no_grad()
+def test_a_tie_is_found_when_the_first_entry_of_its_memory_is_gone(
+    part: slice, tmp_path: Path
+) -> None:
+    module = offloaded(tmp_path)
+    fused = torch.arange(40.0)
+    module.register_buffer("first", fused[:20])
+    module.register_buffer("second", fused[part])
+    del fused, module.first
+    module.register_buffer("tied", module.second[:5])
+    module._parameters.folder.flush()
+    twin = copy.deepcopy(module)
+    twin.tied.fill_(7)
+    assert (twin.second[:5] == 7).all()
+
+
+def test_what_stands_for_a_value_with_gaps_can_be_put_back(tmp_path: Path) -> None:
+    module = offloaded(tmp_path)
+    module.table.data = torch.arange(80.0)[::2]
+    with diskoffload.disable_onloading():
+        assert module.table is module.table
+        module.table = module.table
+    assert module.table[1] == 2
+
+
+def test_what_stands_for_a_value_can_be_put_back_after_that_took_another_shape(
+    tmp_path: Path,
+) -> None:
+    module = offloaded(tmp_path)
+    with diskoffload.disable_onloading():
+        standin = module.weight
+    module.weight.data = torch.ones(3, 2, dtype=torch.float64)
+    with diskoffload.disable_onloading():
+        assert module.weight is standin
+    assert (standin.shape, standin.dtype) == ((3, 2), torch.float64)
+    module.weight = standin
+    assert module.weight.sum() == 6
+
+
+@pytest.mark.parametrize("name", ["weight", "table"])
+def test_a_deep_copy_has_the_strides_of_a_plain_one(name: str, tmp_path: Path) -> None:
+    module, plain = offloaded(tmp_path), torch.nn.Linear(40, 40)
+    plain.register_buffer("table", torch.arange(40.0))
+    for one in (module, plain):
+        getattr(one, name).data = torch.ones(40, 80).T[::2]  # torch closes a Parameter's gaps
+    leave(module)
+    twin, expected = (getattr(copy.deepcopy(one), name) for one in (module, plain))
+    assert twin.stride() == expected.stride()
+    assert torch.equal(twin, expected)
+
+
+@torch.no_grad()
+def test_what_is_found_at_a_sync_to_share_an_edited_entrys_memory(tmp_path: Path) -> None:
+    for number in range(8):  # entries are looked at in any order
+        module = offloaded(tmp_path / str(number))
+        module.weight.fill_(7)
+        module.table.data = module.weight.data[1]
+        module._parameters.sync()
+        for held in {one.root for one in module._parameters.residency.known()}:
+            backing, changed = current_value(held)
+            assert changed is None
+            assert backing is not None
+
+
+@torch.no_grad()
+def test_what_is_put_back_is_a_tie_with_what_took_its_memory_meanwhile(tmp_path: Path) -> None:
+    module = offloaded(tmp_path)
+    weight, module.weight = module.weight, None
+    module.register_buffer("row", weight.data[1])
+    module.weight = weight
+    del weight
+    module._parameters.folder.flush()
+    twin = copy.deepcopy(module)
+    twin.row.zero_()
+    assert not twin.weight[1].any()
+
+
+def test_an_entry_whose_object_is_gone_lies_on_nothing(tmp_path: Path) -> None:
+    module = offloaded(tmp_path)
+    with diskoffload.disable_offloading():
+        module.register_buffer("row", module.weight.data[1])
+        row, module.row = module.row, None  # its entry is kept until the end of the context
+        del row
+        module.row = module.weight.data[1]

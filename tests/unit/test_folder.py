@@ -332,5 +332,8 @@ def test_a_ticket_stored_at_once_keeps_no_folder(
 
     monkeypatch.setattr(ThreadPoolExecutor, "submit", submit_and_wait)
     ticket = put(folder)
+    later = put(folder)  # has the one before it begun
     assert ticket.stored is not None
+    assert later.stored is None
+    later.cancel()
     assert ticket.folder is None
