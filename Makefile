@@ -9,13 +9,15 @@ CHECKPOINT ?=
 DEMO_DIR ?= demo-data
 SIZE ?= 3GB
 FUZZ_SECONDS ?= 600
+BENCH_DIR ?= bench-results
+BENCH_WORK_DIR ?= bench-data
 
 PIP := "$(VENV)/bin/python" -m pip --disable-pip-version-check -qq install
 BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv demo lint test test-slow test-long fuzz clean torch-wanted
+.PHONY: help venv demo lint test test-slow test-long fuzz bench bench-full clean torch-wanted
 
 help:
 	@echo "make demo       open and quantize a 3 GB checkpoint in a third of its size of memory"
@@ -23,10 +25,13 @@ help:
 	@echo "make test-slow  run the tests that take a while"
 	@echo "make test-long  crash and fail at every step: an hour or so"
 	@echo "make fuzz       feed made-up files to the readers for FUZZ_SECONDS=$(FUZZ_SECONDS), guided by atheris"
+	@echo "make bench      measure beside peers and the raw disk, in under 15 minutes, to $(BENCH_DIR)"
+	@echo "make bench-full the same with larger models and more rounds: an hour or more"
 	@echo "make venv       only make the virtual environment, without the package"
 	@echo "make clean      remove the virtual environment and caches (not $(DEMO_DIR))"
 	@echo
 	@echo "Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH=\"$(TORCH)\""
+	@echo "of the benchmarks: BENCH_DIR=$(BENCH_DIR)  BENCH_WORK_DIR=$(BENCH_WORK_DIR), on the disk to measure"
 	@echo "of the demo: CHECKPOINT=/path/to/your/own  DEMO_DIR=$(DEMO_DIR)  SIZE=$(SIZE)"
 
 venv: $(VENV)/.made
@@ -67,6 +72,12 @@ test-slow: $(VENV)/.installed-test
 
 fuzz: $(VENV)/.installed-fuzz
 	"$(BIN)/python" tools/fuzz.py --seconds "$(FUZZ_SECONDS)"
+
+bench: $(VENV)/.installed-bench
+	"$(BIN)/python" -m tools.benchmarks --short --out "$(BENCH_DIR)" --work-dir "$(BENCH_WORK_DIR)"
+
+bench-full: $(VENV)/.installed-bench
+	"$(BIN)/python" -m tools.benchmarks --full --out "$(BENCH_DIR)" --work-dir "$(BENCH_WORK_DIR)"
 
 test-long: $(VENV)/.installed-test
 	"$(BIN)/python" -m pytest -m long

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 from garbage import no_garbage
-from ways import WAYS, Net, hold, make_net
+from ways import SLOW_WAYS, WAYS, Net, hold, make_net
 
 __all__ = ["no_garbage"]
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(
+    params=[pytest.param(way, marks=pytest.mark.slow) if way in SLOW_WAYS else way for way in WAYS]
+)
 def way(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -25,6 +25,8 @@ WAYS = (
     "opened-cast",
     "disk-streamed",
 )
+# What they do others do too, nearly: the whole contract on them is for the slow tests.
+SLOW_WAYS = ("cpu-elsewhere", "opened-cast")
 DISK_WAYS = tuple(way for way in WAYS if not way.startswith(("plain", "cpu")))
 
 
