@@ -17,7 +17,8 @@ def no_garbage(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[None]
     gc.collect()
     threads = set(threading.enumerate())
     yield
-    request.node.funcargs.clear()  # pytest itself would keep the model alive
+    if request.node.funcargs:
+        request.node.funcargs.clear()  # pytest itself would keep the model alive
     check_no_garbage(tmp_path, threads)
 
 

@@ -126,11 +126,8 @@ def _sync_all(folder: Path, files: Files) -> None:
         if path.is_dir():
             files.sync_folder(path)
         elif path.is_file() and not path.is_symlink():
-            fd = files.open_for_reading(path)
-            try:
+            with files.reading(path) as fd:
                 files.sync(fd, path)
-            finally:
-                files.close(fd)
 
 
 def _carry_over(old: Path, new: Path) -> None:
@@ -200,9 +197,6 @@ def _is_part_of(folder: Path, path: Path) -> bool:
 
 def write_text(path: Path, text: str, files: Files) -> None:
     """Write a small file durably; it must not exist yet."""
-    fd = files.create(path)
-    try:
+    with files.writing(path, new=True) as fd:
         files.write(fd, memoryview(text.encode("utf-8")), 0, path)
         files.sync(fd, path)
-    finally:
-        files.close(fd)

@@ -125,15 +125,12 @@ def _read_file(path: Path, most_bytes: int, files: Files) -> bytearray:
     kind = _kind(path)
     if kind != "file":
         _refuse_file(path, f"is {kind}")
-    fd = files.open_for_reading(path)
-    try:
+    with files.reading(path) as fd:
         size_bytes = files.size_bytes(fd, path)
         if size_bytes > most_bytes:
             _refuse_file(path, f"has {size_bytes} bytes, more than the {most_bytes} we read")
         raw = bytearray(size_bytes)
         files.read_into(fd, memoryview(raw), 0, path)
-    finally:
-        files.close(fd)
     return raw
 
 

@@ -57,11 +57,8 @@ def _add_side_files(source: Path, partial: Path, files: Files) -> None:
     for name in copy_side_files(source, side):
         if (partial / name).exists():
             continue
-        fd = files.open_for_reading(side / name)
-        try:
+        with files.reading(side / name) as fd:
             files.sync(fd, side / name)
-        finally:
-            files.close(fd)
         files.make_folder((partial / name).parent)
         files.rename(side / name, partial / name)
         if (partial / name).parent != partial:

@@ -301,14 +301,12 @@ class Folder:
         )
 
     def _make_durable(self, path: Path) -> None:
-        fd = self._files.open_for_reading(path)
         try:
-            self._files.sync(fd, path)
+            with self._files.reading(path) as fd:
+                self._files.sync(fd, path)
         except BaseException:
             self._suspect.add(path.name)
             raise
-        finally:
-            self._files.close(fd)
         self._durable.add(path.name)
 
     def committed_shard(self, name: str) -> Shard:

@@ -118,11 +118,8 @@ class Journal:
         """
         if not self._count:
             return
-        fd = self._files.open_for_reading(self.path)
-        try:
+        with self._files.reading(self.path) as fd:
             self._files.sync(fd, self.path)
-        finally:
-            self._files.close(fd)
         self._files.sync_folder(self.path.parent)
 
     @property
@@ -140,16 +137,14 @@ class Journal:
         line = _line({**record, "record": self._count + 1})
         # Until all of it is done, whatever interrupts us: what is written is in doubt.
         rewrite_at_bytes, self._rewrite_at_bytes = self._rewrite_at_bytes, 0
-        fd = self._files.open_for_writing(self.path)
-        try:
-            self._files.write(fd, memoryview(line), self._nbytes, self.path)
-            self._files.sync(fd, self.path)
-        except BaseException:
-            with suppress(StorageError):  # else a reader may take it for committed
-                self._files.set_size(fd, self._nbytes, self.path)
-            raise
-        finally:
-            self._files.close(fd)
+        with self._files.writing(self.path) as fd:
+            try:
+                self._files.write(fd, memoryview(line), self._nbytes, self.path)
+                self._files.sync(fd, self.path)
+            except BaseException:
+                with suppress(StorageError):  # else a reader may take it for committed
+                    self._files.set_size(fd, self._nbytes, self.path)
+                raise
         self._nbytes += len(line)
         self._count += 1
         self._rewrite_at_bytes = rewrite_at_bytes
@@ -164,13 +159,10 @@ class Journal:
         new = self.path.with_name(self.path.name + NEW_SUFFIX)
         self._rewrite_at_bytes = 0
         self._files.remove(new)
-        fd = self._files.create(new)
         try:
-            try:
+            with self._files.writing(new, new=True) as fd:
                 self._files.write(fd, memoryview(line), 0, new)
                 self._files.sync(fd, new)
-            finally:
-                self._files.close(fd)
             self._files.rename(new, self.path)
         except BaseException:
             with suppress(StorageError):

@@ -53,8 +53,6 @@ class Ownership:
         self._files = files
         self._run = uuid.uuid4().hex[:8]
         self._numbers = itertools.count(1)
-        lock = path / LOCK_NAME
-        fd = files.lock(lock)
         self._shards: weakref.WeakSet[Shard] = weakref.WeakSet()
         # Finalizers take it too, and may run wherever it is held.
         self._lock = threading.RLock()
@@ -63,7 +61,8 @@ class Ownership:
         self._kept: set[str] = set()
         self._users: Counter[str] = Counter()
         self._released: set[str] = set()
-        weakref.finalize(self, _give_up, files, self.pid, fd, lock, made)
+        lock = path / LOCK_NAME
+        weakref.finalize(self, _give_up, files, self.pid, files.lock(lock), lock, made)
 
     @classmethod
     def taken_by(cls, user: OwnsFolder, path: Path, made: bool, files: Files) -> Ownership:

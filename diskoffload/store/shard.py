@@ -143,12 +143,9 @@ class Shard:
         if self._fd >= 0:
             yield self._fd
             return
-        fd = self._files.open_for_reading(self.path)
-        try:
+        with self._files.reading(self.path) as fd:
             self._check_identity(fd)
             yield fd
-        finally:
-            self._files.close(fd)
 
     def __del__(self) -> None:
         self._close()

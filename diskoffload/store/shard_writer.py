@@ -54,12 +54,9 @@ def _is_the_one(path: Path, header_bytes: int, wanted: Header, files: Files) -> 
     found_at = files.identity_at(path)
     if found_at is None or found_at[2] != wanted.file_bytes:
         return False
-    fd = files.open_for_reading(path)
-    try:
+    with files.reading(path) as fd:
         raw = bytearray(header_bytes)
         files.read_into(fd, memoryview(raw), 0, path)
-    finally:
-        files.close(fd)
     if raw[:LENGTH_BYTES] != (header_bytes - LENGTH_BYTES).to_bytes(LENGTH_BYTES, "little"):
         return False
     try:

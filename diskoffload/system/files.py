@@ -139,6 +139,24 @@ class Files:
         with naming_faults("open the file for writing", path):
             return os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
+    @contextmanager
+    def reading(self, path: Path) -> Iterator[int]:
+        """Open an existing regular file for reading, for the length of a ``with`` block."""
+        fd = self.open_for_reading(path)
+        try:
+            yield fd
+        finally:
+            self.close(fd)
+
+    @contextmanager
+    def writing(self, path: Path, *, new: bool = False) -> Iterator[int]:
+        """Open a file for writing, existing or :meth:`create`-d, for the length of a block."""
+        fd = self.create(path) if new else self.open_for_writing(path)
+        try:
+            yield fd
+        finally:
+            self.close(fd)
+
     def duplicate(self, fd: int, path: Path) -> int:
         """Give another descriptor of an open file, even if its name is gone."""
         with naming_faults("open once more the file", path):
@@ -237,12 +255,9 @@ class Files:
 
     def read(self, path: Path) -> bytes:
         """Read all of a small file."""
-        fd = self.open_for_reading(path)
-        try:
+        with self.reading(path) as fd:
             found = bytearray(self.size_bytes(fd, path))
             self.read_into(fd, memoryview(found), 0, path)
-        finally:
-            self.close(fd)
         return bytes(found)
 
     def write(self, fd: int, data: memoryview, offset: int, path: Path) -> None:
