@@ -162,7 +162,8 @@ class Table:
         known, entry = self._folder.remembered.get(name, (None, {}))
         if known == key and entry["at"][0] not in self._left:
             return entry
-        return self._folder.put(name, tensor.detach(), None)
+        # Who is interrupted before it is written could not cancel it.
+        return self._folder.put(name, tensor.detach(), None, stays_open=False)
 
     def _files_to_leave(self) -> set[str]:
         """Find files that values in memory were committed to, and little else is alive in."""

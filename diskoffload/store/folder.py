@@ -144,8 +144,17 @@ class Folder:
         """Whether this process may still write here."""
         return self._is_made and self._end.alive and os.getpid() == self._owner.pid
 
-    def put(self, name: str, tensor: torch.Tensor, codec: str | None) -> Ticket:
+    def put(
+        self, name: str, tensor: torch.Tensor, codec: str | None, *, stays_open: bool = True
+    ) -> Ticket:
         """Queue a tensor for writing under its name; see :meth:`Writer.put`.
+
+        Args:
+            name: the name it should have in a file.
+            tensor: the value.
+            codec: name of the codec to try, or ``None``.
+            stays_open: whether the folder lives until the value is written or cancelled, even if
+                nothing else refers to it.
 
         Raises:
             ClosedError: the folder was closed, or belongs to the parent process.
@@ -153,7 +162,7 @@ class Folder:
         self.check_open(name)
         if codec is not None:
             codec_named(codec)
-        return self._writer.put(name, tensor, codec, self)
+        return self._writer.put(name, tensor, codec, self if stays_open else None)
 
     def check_open(self, name: str) -> None:
         """Raise :class:`ClosedError` if a tensor of this name could not be offloaded now."""
