@@ -30,10 +30,15 @@ def wrap_forward(module: torch.nn.Module) -> None:
     own = module.__dict__.get("forward")
     plain: Any = own if own is not None else module.forward
     bound_to_it = getattr(plain, "__self__", None) is module
-    module.__dict__[_PLAIN_FORWARD] = plain.__func__ if bound_to_it else _Unbound(plain)
-    module.__dict__[_HAD_OWN_FORWARD] = own is not None
-    module.forward = _moving_inputs(module.__dict__[_PLAIN_FORWARD]).__get__(module)
-    module.__dict__[_REDUCE] = _reduced_to_plain.__get__(module)
+    function = plain.__func__ if bound_to_it else _Unbound(plain)
+    module.__dict__.update(
+        {
+            _PLAIN_FORWARD: function,
+            _HAD_OWN_FORWARD: own is not None,
+            "forward": _moving_inputs(function).__get__(module),
+            _REDUCE: _reduced_to_plain.__get__(module),
+        }
+    )
 
 
 def unwrap_forward(module: torch.nn.Module) -> None:
@@ -80,6 +85,11 @@ class _Unbound:
 
 
 def _moving_inputs(plain: Callable[..., Any]) -> Any:
+    """Give the forward that moves its inputs first; one for all modules of a class."""
+    found = _wrappers.get(id(plain))
+    if found is not None and found.__wrapped__ is plain:
+        return found
+
     @functools.wraps(plain)
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         # No isinstance: asking an abstract class costs as much as the rest of this.
@@ -96,9 +106,12 @@ def _moving_inputs(plain: Callable[..., Any]) -> Any:
     own_code = wrapper.__code__.replace()
     plain_code = getattr(plain, "__code__", None)
     wrapper.__code__ = own_code if plain_code is None else _codes.setdefault(plain_code, own_code)
+    _wrappers[id(plain)] = wrapper
     return wrapper
 
 
+# The wrappers in use, each by the identity of the forward that it keeps alive.
+_wrappers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 # The wrapper's code for each forward that it wraps.
 _codes: weakref.WeakKeyDictionary[CodeType, CodeType] = weakref.WeakKeyDictionary()
 

@@ -91,8 +91,7 @@ def offload_module(
 
 def attach_caches(module: torch.nn.Module, parameters: OffloadCache, buffers: OffloadCache) -> None:
     """Give a plain module the caches that take its dictionaries' place, and wrap its forward."""
-    module._parameters = parameters  # type: ignore[assignment]
-    module._buffers = buffers  # type: ignore[assignment]
+    module.__dict__.update(_parameters=parameters, _buffers=buffers)
     wrap_forward(module)
 
 

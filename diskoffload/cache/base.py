@@ -54,6 +54,13 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
     """
 
     offload_device: torch.device | str
+    onload_device: torch.device
+    residency: Residency
+    name: str
+    born: dict[Any, tuple[torch.dtype, tuple[int, ...]]]
+    traced: dict[Any, torch.Tensor | None]
+    _held: dict[Any, Held | None]
+    _published: dict[Any, torch.Tensor | None]
 
     offloading_disabled: bool = OnClass(lambda: modes.current().kept is not None)  # type: ignore[assignment]
     """Whether this thread is inside ``disable_offloading``."""
@@ -137,15 +144,18 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
         Raises:
             InvalidInputError: no such device, not on this machine, or not this class's.
         """
-        self._held: dict[Any, Held | None] = {}
-        self.residency = residency or default_residency
-        self.onload_device = usable_device(onload_device)
+        # At one stroke: a model has thousands, and our own __setattr__ is slow.
+        self.__dict__.update(
+            _held={},
+            _published={},
+            residency=residency or default_residency,
+            onload_device=usable_device(onload_device),
+            name=name,
+            born={},
+            traced={},
+        )
         if offload_device is not None:
             self._check_offload_device(offload_device)
-        self.name = name
-        self._published: dict[Any, torch.Tensor | None] = {}
-        self.born: dict[Any, tuple[torch.dtype, tuple[int, ...]]] = {}
-        self.traced: dict[Any, torch.Tensor | None] = {}
         tracing.register(self)
 
     def __setattr__(self, name: str, value: Any) -> None:

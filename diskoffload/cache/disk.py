@@ -37,6 +37,8 @@ class DiskCache(OffloadCache, kind="disk"):
     """
 
     offload_device = "disk"
+    compression: str | None
+    folder: Folder
 
     def __init__(
         self,
@@ -67,8 +69,7 @@ class DiskCache(OffloadCache, kind="disk"):
         super().__init__(onload_device, offload_device, name=name, residency=residency)
         if compression is not None:
             codec_named(compression)
-        self.compression = compression
-        self.folder = open_folders.at(offload_dir)
+        self.__dict__.update(compression=compression, folder=open_folders.at(offload_dir))
 
     @property
     def offload_dir(self) -> Path:

@@ -42,6 +42,8 @@ from diskoffload.store.folder import Folder
 from diskoffload.store.open_folders import open_folders
 from diskoffload.store.recipe import Recipe
 from diskoffload.store.stored import AssembledTensor, CastTensor, ShardTensor, Stored
+from diskoffload.system.collector import collector_paused
+from diskoffload.system.devices import usable_device
 
 _log = logging.getLogger(__name__)
 _BINDING = "_offload_binding"
@@ -132,23 +134,27 @@ def open_checkpoint(
         UnsupportedTensorError: transformers' code cannot convert the checkpoint's tensors.
         NoSpaceError: what it must compute does not fit the folder's disk.
     """
-    checkpoint = Checkpoint(path)
-    if model is None:
-        model = build_meta_model(checkpoint.folder, dtype=dtype)
-        found = _transformers_recipes(model, checkpoint)
-    else:
-        _check_plain(model)
-        if dtype is not None:
-            model.to(dtype)  # on the meta device this moves nothing
-        found = _recipes(model, checkpoint)
-    _refuse_misfits(checkpoint, found)
+    with collector_paused():
+        checkpoint = Checkpoint(path)
+        if model is None:
+            model = build_meta_model(checkpoint.folder, dtype=dtype)
+            found = _transformers_recipes(model, checkpoint)
+        else:
+            _check_plain(model)
+            if dtype is not None:
+                model.to(dtype)  # on the meta device this moves nothing
+            found = _recipes(model, checkpoint)
+        _refuse_misfits(checkpoint, found)
     budgets = {"cpu": max_memory} if isinstance(max_memory, (int, str)) else dict(max_memory or {})
     ram = budgets.get("cpu")
     residency = residency_for(None if ram is None else parse_bytes(ram), mode)
     folder = _folder_beside(checkpoint, offload_dir)
-    options = _CacheOptions(onload_device, folder, compression, residency, align, dtype)
+    options = _CacheOptions(
+        usable_device(onload_device), folder, compression, residency, align, dtype
+    )
     converted = convert_all(model, checkpoint, found.conversions, folder, compression)
-    _bind(model, checkpoint, found, converted, options)
+    with collector_paused():
+        _bind(model, checkpoint, found, converted, options)
     _log.info(
         "opened %s: %d tensors, %s in %d shards, mapped where they lie; copies in RAM: %s; "
         "changes go to %s",

@@ -11,7 +11,7 @@ changes always what repeats of it. Nothing that is decided by it can be wrong, o
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 # How many reads tell one place from another: a layer of a sequential pipeline is visited twice,
 # and only what came before it tells which time this is.
@@ -22,7 +22,7 @@ _YOUNG = 3
 _PASSES = 4
 _LEAST_LENGTH = 1024
 
-Key = Hashable
+Key = int
 
 
 class Order:

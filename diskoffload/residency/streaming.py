@@ -20,6 +20,7 @@ import torch
 
 from diskoffload.budget import format_bytes
 from diskoffload.residency.held import Held, State
+from diskoffload.residency.numbering import Numbering
 from diskoffload.residency.order import Order
 from diskoffload.store.buffers import Buffers
 from diskoffload.store.fills import Fill, Filling
@@ -63,9 +64,7 @@ class Streaming:
         self.buffers = Buffers()
         self._filling = Filling()
         self._fills: weakref.WeakKeyDictionary[Held, Fill] = weakref.WeakKeyDictionary()
-        self._numbers: weakref.WeakKeyDictionary[Held, int] = weakref.WeakKeyDictionary()
-        self._by_number: weakref.WeakValueDictionary[int, Held] = weakref.WeakValueDictionary()
-        self._next_number = 0
+        self._numbering = Numbering()
         self._order: Order | None = None
         self._shown: deque[weakref.ref[Held]] = deque()
         self._decide_again_at = 0.0
@@ -78,10 +77,7 @@ class Streaming:
 
     def expect(self, held: Held) -> None:
         """Note that a module shows an entry; what is shown first is most likely read first."""
-        if held not in self._numbers:
-            self._numbers[held] = self._next_number
-            self._by_number[self._next_number] = held
-            self._next_number += 1
+        self._numbering.show(held)
 
     def decide(self, available_bytes: Callable[[], int], bound_by: Callable[[], str]) -> None:
         """Choose between mapping and streaming, if that is ours to choose; say what and why."""
@@ -89,7 +85,7 @@ class Streaming:
         if self.mode != "auto" or now_seconds < self._decide_again_at:
             return
         self._decide_again_at = now_seconds + _DECIDE_EVERY_SECONDS
-        wanted_bytes = sum(one.spec.nbytes for one in map(self._stored_of, self._numbers) if one)
+        wanted_bytes = sum(one.spec.nbytes for one in map(self._stored_of, self._numbering) if one)
         if not wanted_bytes:
             return
         room_bytes = available_bytes()
@@ -119,9 +115,8 @@ class Streaming:
     def note_read(self, held: Held) -> None:
         """Note that an entry was asked for, and hide from readers what was shown before it."""
         if self._order is None:
-            self._order = Order(self._numbers.values())
-        self.expect(held)
-        self._order.read(self._numbers[held])
+            self._order = Order(self._numbering.numbers())
+        self._order.read(self._numbering.number(held))
         key = weakref.ref(held)
         if key in self._shown:
             self._shown.remove(key)
@@ -160,7 +155,7 @@ class Streaming:
         victims: list[Held] | None = None
         seen: set[Held] = set()
         for _, number in zip(range(_MOST_LOOKED_AT), order.expected(), strict=False):
-            held = self._by_number.get(number)  # type: ignore[call-overload]
+            held = self._numbering.entry(number)
             if held is None or held in seen:
                 continue
             seen.add(held)
@@ -187,13 +182,13 @@ class Streaming:
     def latest_needed_first(self, entries: Iterable[Held] | None = None) -> list[Held]:
         """List loaded entries, those first that are needed last."""
         if entries is None:
-            entries = [held for held in self._numbers if held.state is State.LOADED]
+            entries = [held for held in self._numbering if held.state is State.LOADED]
         return sorted(entries, key=self._next_use, reverse=True)
 
     def _next_use(self, held: Held) -> int:
-        if self._order is None or held not in self._numbers:
+        if self._order is None or not self._numbering.known(held):
             return 1 << 60
-        return self._order.next_use(self._numbers[held])
+        return self._order.next_use(self._numbering.number(held))
 
     def _is_needed_before(self, one: Held, other: Held) -> bool:
         return self._next_use(one) <= self._next_use(other)

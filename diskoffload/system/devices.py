@@ -6,6 +6,8 @@ import torch
 
 from diskoffload.errors import InvalidInputError
 
+_CPU = torch.device("cpu")
+
 
 def usable_device(device: torch.device | str | int) -> torch.device:
     """Give a device that tensors can be brought to.
@@ -17,7 +19,8 @@ def usable_device(device: torch.device | str | int) -> torch.device:
     """
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
+        if found != _CPU:
+            torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InvalidInputError(

@@ -1,0 +1,47 @@
+"""The garbage collector, while thousands of objects are made that are all to stay."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class _Pauses:
+    """Who wants the collector to pause; it is one for all threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+        self._was_enabled = False
+
+    def begin(self) -> None:
+        with self._lock:
+            if not self._count:
+                self._was_enabled = gc.isenabled()
+                gc.disable()
+            self._count += 1
+
+    def end(self) -> None:
+        with self._lock:
+            self._count -= 1
+            if not self._count and self._was_enabled:
+                gc.enable()
+
+
+_pauses = _Pauses()
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Have Python look for no cycles meanwhile, in any thread.
+
+    It looks through everything there is, again and again as more is made: half of the time that
+    opening a model of 20,000 tensors took (measured). Afterwards it is as it was before.
+    """
+    _pauses.begin()
+    try:
+        yield
+    finally:
+        _pauses.end()
