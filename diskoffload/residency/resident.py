@@ -17,7 +17,9 @@ from typing import get_args
 
 import torch
 
+from diskoffload.budget import format_bytes
 from diskoffload.errors import ClosedError, InvalidInputError, StorageError
+from diskoffload.residency.allowance import Allowance
 from diskoffload.residency.edits import unedited
 from diskoffload.residency.forking import quiesce_at_fork
 from diskoffload.residency.held import Backing, Held, State
@@ -25,6 +27,7 @@ from diskoffload.residency.objects import is_ours_to_move
 from diskoffload.residency.parking import Parking
 from diskoffload.residency.storages import Storages, become_view, root_of
 from diskoffload.residency.streaming import Mode, Streaming
+from diskoffload.residency.watching import Watching
 from diskoffload.residency.window import Window
 from diskoffload.store.shard import buffer_bytes
 from diskoffload.store.stored import ShardTensor
@@ -34,11 +37,6 @@ from diskoffload.system.memory import empty, trim_heap
 
 _log = logging.getLogger(__name__)
 
-# Room left to the rest of the process when kept values grow: the smaller of these.
-_RESERVE_BYTES = 512 << 20
-_RESERVE_SHARE = 0.1
-# What is available is not all for us where nobody has said how much: a share of it is.
-_UNASKED_SHARE = 2
 # Mapped tensors that may be edited before anyone looks: at least so much, else this share of
 # what is available, and of max_bytes where it is given.
 _LEAST_WINDOW_BYTES = 32 << 20
@@ -75,15 +73,13 @@ class Residency:
             max_bytes: what loaded copies may take; ``None``: what is available.
             headroom: tells what is available.
             mode: how weights are held that lie on disk as they are used: ``"mapped"``,
-                ``"streamed"``, or ``"auto"``: streamed if they do not fit what is available and
-                ``max_bytes`` says what memory of the process's own they may take.
+                ``"streamed"``, or ``"auto"``: streamed if they do not fit what is available.
         """
-        self.max_bytes = max_bytes
+        self._allowance = Allowance(max_bytes, headroom or Headroom())
         self._streaming = Streaming(mode)
         self.lock = threading.RLock()
         self.evicted_count = 0
         self.loaded_count = 0
-        self._headroom = headroom or Headroom()
         self._loaded: weakref.WeakKeyDictionary[Held, int] = weakref.WeakKeyDictionary()
         self._known: weakref.WeakSet[Held] = weakref.WeakSet()
         self._storages = Storages()
@@ -94,7 +90,18 @@ class Residency:
         self._lingering: deque[weakref.ref[Held]] = deque()
         self._parking = Parking()
         self._freed_bytes = 0
+        self._gives_back = False
+        self._watching = Watching(partial(_look_after, weakref.ref(self)))
         quiesce_at_fork(self)
+
+    @property
+    def max_bytes(self) -> int | None:
+        """What loaded copies may take; ``None``: what is available."""
+        return self._allowance.max_bytes
+
+    @max_bytes.setter
+    def max_bytes(self, max_bytes: int | None) -> None:
+        self._allowance.max_bytes = max_bytes
 
     @property
     def loaded_bytes(self) -> int:
@@ -136,7 +143,7 @@ class Residency:
                 self._settle()
                 root = held.root
                 if root.backing is not None and root.backing.memory is None:
-                    self._decide()
+                    self._streaming.decide(self._room_bytes, self._allowance.explain)
                 if self._streaming.to_stream(root) is not None:
                     self._streaming.note_read(root)
                     if root.state is State.BENEATH:
@@ -150,19 +157,12 @@ class Residency:
                     self._look_at_what_leaves()
             return held.publish()
 
-    def _decide(self) -> None:
-        # Without a budget nobody has said that memory of the process's own may be taken.
-        if self.max_bytes is not None:
-            self._streaming.decide(self._room_bytes, self._headroom.explain)
-
     def _room_bytes(self) -> int:
-        """Tell what is available, or is taken by what we could give back."""
-        ours_bytes = self._used_bytes() + self._streaming.buffers.free_bytes
-        return ours_bytes + self._headroom.available_bytes()
+        return self._allowance.room_bytes(self._ours_bytes())
 
     def _look_at_what_leaves(self) -> None:
         """Write edits of mapped entries that were not read lately, and have their pages back."""
-        available = self._headroom.available_bytes()
+        available = self._allowance.room_bytes(0)
         most = available if self.max_bytes is None else min(available, self.max_bytes)
         self._window.shrink(max(_LEAST_WINDOW_BYTES, most // _WINDOW_SHARE), _LOOKS)
         for held in self._window.to_look_at(_LOOKS):
@@ -209,6 +209,7 @@ class Residency:
         self._storages.note(held)
         self._loaded[held] = nbytes
         self.loaded_count += 1
+        self._watching.wake()
 
     def _stream(self, held: Held, stored: ShardTensor) -> None:
         nbytes = stored.spec.nbytes
@@ -219,6 +220,7 @@ class Residency:
         self._storages.note(held)
         self._loaded[held] = nbytes
         self.loaded_count += 1
+        self._watching.wake()
         self._streaming.look_ahead(self.budget_bytes(), self._used_bytes(), self._released_bytes)
 
     def _released_bytes(self, held: Held) -> int:
@@ -229,11 +231,8 @@ class Residency:
 
     def budget_bytes(self) -> int:
         """Tell how many bytes of loaded copies may stay now."""
-        reserve = min(_RESERVE_BYTES, int(self._headroom.limit_bytes() * _RESERVE_SHARE))
-        free = self._room_bytes() - reserve
-        if self.max_bytes is None and self._streaming.is_on:
-            free //= _UNASKED_SHARE
-        return max(0, free if self.max_bytes is None else min(free, self.max_bytes))
+        asked = not self._streaming.is_on
+        return self._allowance.budget_bytes(self._ours_bytes(), asked=asked)
 
     def make_room(self, nbytes: int) -> None:
         """Let loaded copies leave until ``nbytes`` more fit the budget, as far as they can."""
@@ -242,20 +241,50 @@ class Residency:
                 if not held.is_kept and self._streaming.to_stream(held) is None:
                     self.release(held)
             # Asking the system costs a little, so only where something could leave.
-            used_bytes, buffers = self._used_bytes(), self._streaming.buffers
-            if not used_bytes and not buffers.free_bytes:
-                return
-            budget_bytes = self.budget_bytes()
-            if used_bytes + nbytes > budget_bytes:
-                for held in self._streaming.latest_needed_first(self._loaded):
-                    used_bytes -= (freed_bytes := self._released_bytes(held))
-                    self.evicted_count += freed_bytes > 0
-                    if used_bytes + nbytes <= budget_bytes:
-                        break
-            buffers.shrink(budget_bytes - used_bytes - nbytes, spare_bytes=nbytes)
+            if self._ours_bytes():
+                self._fit(nbytes, self.budget_bytes())
+
+    def give_back(self) -> bool:
+        """Let what is loaded follow what is available; tell whether there was anything to give."""
+        if not self.lock.acquire(blocking=False):
+            return True  # whoever has it is loading something, and makes room for it
+        try:
+            ours_bytes = self._ours_bytes()
+            if ours_bytes:
+                budget_bytes = self.budget_bytes()
+                gives_back = ours_bytes > budget_bytes
+                if gives_back:
+                    self._streaming.drop_ahead()
+                    self._fit(0, budget_bytes)
+                    self._look_at_what_leaves()
+                if gives_back and not self._gives_back:
+                    _log.info(
+                        "gave back %s of weights in memory: %s may stay there (%s)",
+                        format_bytes(ours_bytes - self._ours_bytes()),
+                        format_bytes(budget_bytes),
+                        self._allowance.explain(),
+                    )
+                self._gives_back = gives_back
+            return ours_bytes > 0
+        finally:
+            self.lock.release()
+
+    def _fit(self, nbytes: int, budget_bytes: int) -> None:
+        """Let what is needed last leave, until so many more bytes fit the budget."""
+        used_bytes, buffers = self._used_bytes(), self._streaming.buffers
+        if used_bytes + nbytes > budget_bytes:
+            for held in self._streaming.latest_needed_first(self._loaded):
+                used_bytes -= (freed_bytes := self._released_bytes(held))
+                self.evicted_count += freed_bytes > 0
+                if used_bytes + nbytes <= budget_bytes:
+                    break
+        buffers.shrink(budget_bytes - used_bytes - nbytes, spare_bytes=nbytes)
 
     def _used_bytes(self) -> int:
         return self.loaded_bytes + self._streaming.ahead_bytes
+
+    def _ours_bytes(self) -> int:
+        return self._used_bytes() + self._streaming.buffers.free_bytes
 
     def release(self, held: Held) -> bool:
         """Take a loaded copy's memory, unless something uses it; an edit is written first."""
@@ -534,6 +563,11 @@ def current_value(held: Held) -> tuple[Backing | None, torch.Tensor | None]:
             return held.backing.succeed(held.ticket), None
         return held.backing, None
     return None, held.tensor
+
+
+def _look_after(ref: weakref.ref[Residency]) -> bool:
+    residency = ref()
+    return residency is not None and residency.give_back()
 
 
 default_residency = Residency()

@@ -1,0 +1,99 @@
+"""The budget follows what is available: down at once, up only where it is much."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+
+from diskoffload.residency.allowance import Allowance
+from diskoffload.residency.watching import Watching
+from diskoffload.system.headroom import Headroom, MachineMemory
+
+MIB = 1 << 20
+
+
+class Machine:
+    """A machine with so much memory available."""
+
+    def __init__(self, available_mib: int) -> None:
+        self.available_mib = available_mib
+
+    def __call__(self) -> MachineMemory:
+        return MachineMemory(10_000 * MIB, self.available_mib * MIB)
+
+
+def allowance(machine: Machine, max_bytes: int | None = None) -> Allowance:
+    return Allowance(max_bytes, Headroom(refresh_seconds=0, proc="/nowhere", machine=machine))
+
+
+def test_what_we_have_counts_as_available_and_a_reserve_is_left() -> None:
+    found = allowance(Machine(2000))
+    assert found.budget_bytes(100 * MIB, asked=True) == (2000 + 100 - 512) * MIB
+    assert found.budget_bytes(100 * MIB, asked=False) == int(1588 * MIB * 0.75)
+    assert allowance(Machine(2000), 7 * MIB).budget_bytes(0, asked=False) == 7 * MIB
+    assert allowance(Machine(100)).budget_bytes(0, asked=True) == 0
+
+
+def test_less_counts_at_once_and_more_only_where_it_is_much() -> None:
+    machine = Machine(1512)
+    found = allowance(machine)
+    assert found.budget_bytes(0, asked=True) == 1000 * MIB
+    machine.available_mib = 1412
+    assert found.budget_bytes(0, asked=True) == 900 * MIB
+    machine.available_mib = 1412 + 89
+    assert found.budget_bytes(0, asked=True) == 900 * MIB
+    machine.available_mib = 1412 + 91
+    assert found.budget_bytes(0, asked=True) == 991 * MIB
+
+
+def test_a_watch_ends_when_nothing_is_left_and_begins_again() -> None:
+    left, looks = [3], threading.Semaphore(0)
+
+    def look() -> bool:
+        left[0] -= 1
+        looks.release()
+        return left[0] > 0
+
+    watching = Watching(look, every_seconds=0.001)
+    for _ in range(2):
+        left[0] = 3
+        watching.wake()
+        watching.wake()
+        for _ in range(3):
+            assert looks.acquire(timeout=10)
+        until_seconds = time.monotonic() + 10
+        while any(one.name == "diskoffload-watch" for one in threading.enumerate()):
+            assert time.monotonic() < until_seconds
+
+
+def test_a_watch_goes_with_its_owner() -> None:
+    class Owner:
+        def __init__(self) -> None:
+            self.watching = Watching(lambda: True, every_seconds=0.001)
+            self.watching.wake()
+
+    owner = Owner()
+    gone = weakref.ref(owner)
+    assert any(one.name == "diskoffload-watch" for one in threading.enumerate())
+    del owner
+    assert gone() is None
+    assert not any(one.name == "diskoffload-watch" for one in threading.enumerate())
+
+
+def test_who_comes_while_a_watch_ends_is_watched() -> None:
+    answers = iter([False, True, False, False])
+    ended = threading.Event()
+
+    def look() -> bool:
+        answer = next(answers, None)
+        if answer is None:
+            ended.set()
+        return bool(answer)
+
+    watching = Watching(look, every_seconds=0.001)
+    watching.wake()
+    watching.wake()
+    time.sleep(0.05)
+    watching.wake()  # its thread has ended
+    assert ended.wait(10)
