@@ -21,8 +21,10 @@ from diskoffload.budget import format_bytes
 from diskoffload.errors import ClosedError, InvalidInputError, StorageError
 from diskoffload.residency.allowance import Allowance
 from diskoffload.residency.edits import unedited
+from diskoffload.residency.foresight import Foresight
 from diskoffload.residency.forking import quiesce_at_fork
 from diskoffload.residency.held import Backing, Held, State
+from diskoffload.residency.mapped import Mapped
 from diskoffload.residency.objects import is_ours_to_move
 from diskoffload.residency.parking import Parking
 from diskoffload.residency.storages import Storages, become_view, root_of
@@ -76,7 +78,9 @@ class Residency:
                 ``"streamed"``, or ``"auto"``: streamed if they do not fit what is available.
         """
         self._allowance = Allowance(max_bytes, headroom or Headroom())
-        self._streaming = Streaming(mode)
+        self._foresight = Foresight()
+        self._streaming = Streaming(mode, self._foresight)
+        self._mapped = Mapped(self._foresight)
         self.lock = threading.RLock()
         self.evicted_count = 0
         self.loaded_count = 0
@@ -111,7 +115,7 @@ class Residency:
 
     def expect(self, held: Held) -> None:
         """Note that a module shows an entry, in the order in which modules do."""
-        self._streaming.expect(held)
+        self._foresight.show(held)
 
     @property
     def streams(self) -> bool:
@@ -155,6 +159,7 @@ class Residency:
                 if root.state is State.BENEATH and root.backing and root.backing.memory is None:
                     self._window.enter(root)
                     self._look_at_what_leaves()
+                    self._mapped.note_read(root, self._allowance.room_bytes(0))
             return held.publish()
 
     def _room_bytes(self) -> int:
@@ -273,7 +278,7 @@ class Residency:
         """Let what is needed last leave, until so many more bytes fit the budget."""
         used_bytes, buffers = self._used_bytes(), self._streaming.buffers
         if used_bytes + nbytes > budget_bytes:
-            for held in self._streaming.latest_needed_first(self._loaded):
+            for held in self._foresight.latest_needed_first(self._loaded):
                 used_bytes -= (freed_bytes := self._released_bytes(held))
                 self.evicted_count += freed_bytes > 0
                 if used_bytes + nbytes <= budget_bytes:

@@ -13,15 +13,14 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 
 from diskoffload.budget import format_bytes
+from diskoffload.residency.foresight import Foresight
 from diskoffload.residency.held import Held, State
-from diskoffload.residency.numbering import Numbering
-from diskoffload.residency.order import Order
 from diskoffload.store.buffers import Buffers
 from diskoffload.store.fills import Fill, Filling
 from diskoffload.store.shard import buffer_bytes
@@ -35,7 +34,6 @@ _LEAST_BYTES = 256 << 10
 # What is read ahead, at most: a share of the budget, for that much less stays.
 _AHEAD_SHARE = 4
 _MOST_AHEAD_BYTES = 512 << 20
-_MOST_LOOKED_AT = 256
 # How many entries stay readable without asking: a layer's forward reads its own ones again.
 _SHOWN = 4
 # Mapped as long as the weights fit this share of what is available, streamed until they fit the
@@ -57,15 +55,14 @@ class Streaming:
         least_bytes: smaller tensors are mapped in any mode.
     """
 
-    def __init__(self, mode: Mode) -> None:
+    def __init__(self, mode: Mode, foresight: Foresight) -> None:
         self.mode: Mode = mode
+        self._foresight = foresight
         self.least_bytes = _LEAST_BYTES
         self.is_on = mode == "streamed"
         self.buffers = Buffers()
         self._filling = Filling()
         self._fills: weakref.WeakKeyDictionary[Held, Fill] = weakref.WeakKeyDictionary()
-        self._numbering = Numbering()
-        self._order: Order | None = None
         self._shown: deque[weakref.ref[Held]] = deque()
         self._decide_again_at = 0.0
         self._pid = os.getpid()
@@ -75,17 +72,15 @@ class Streaming:
         """Bytes of what is read ahead."""
         return sum(fill.nbytes for fill in self._fills.values())
 
-    def expect(self, held: Held) -> None:
-        """Note that a module shows an entry; what is shown first is most likely read first."""
-        self._numbering.show(held)
-
     def decide(self, available_bytes: Callable[[], int], bound_by: Callable[[], str]) -> None:
         """Choose between mapping and streaming, if that is ours to choose; say what and why."""
         now_seconds = time.monotonic()
         if self.mode != "auto" or now_seconds < self._decide_again_at:
             return
         self._decide_again_at = now_seconds + _DECIDE_EVERY_SECONDS
-        wanted_bytes = sum(one.spec.nbytes for one in map(self._stored_of, self._numbering) if one)
+        wanted_bytes = sum(
+            one.spec.nbytes for one in map(self._stored_of, self._foresight.entries()) if one
+        )
         if not wanted_bytes:
             return
         room_bytes = available_bytes()
@@ -114,9 +109,7 @@ class Streaming:
 
     def note_read(self, held: Held) -> None:
         """Note that an entry was asked for, and hide from readers what was shown before it."""
-        if self._order is None:
-            self._order = Order(self._numbering.numbers())
-        self._order.read(self._numbering.number(held))
+        self._foresight.read(held)
         key = weakref.ref(held)
         if key in self._shown:
             self._shown.remove(key)
@@ -149,16 +142,10 @@ class Streaming:
             used_bytes: what the loaded entries and those read ahead take now.
             release: takes an entry's memory if nothing uses it; gives how much that was.
         """
-        assert self._order is not None  # something was read
-        order, ahead_bytes = self._order, 0
+        ahead_bytes = 0
         most_bytes = min(_MOST_AHEAD_BYTES, budget_bytes // _AHEAD_SHARE)
         victims: list[Held] | None = None
-        seen: set[Held] = set()
-        for _, number in zip(range(_MOST_LOOKED_AT), order.expected(), strict=False):
-            held = self._numbering.entry(number)
-            if held is None or held in seen:
-                continue
-            seen.add(held)
+        for held in self._foresight.expected():
             if held in self._fills:
                 ahead_bytes += self._fills[held].nbytes
                 continue
@@ -170,28 +157,15 @@ class Streaming:
                 return
             while used_bytes + stored.spec.nbytes > budget_bytes:
                 if victims is None:
-                    victims = self.latest_needed_first()
-                if not victims or self._is_needed_before(victims[0], held):
+                    loaded = [one for one in self._foresight.entries() if one.state is State.LOADED]
+                    victims = self._foresight.latest_needed_first(loaded)
+                if not victims or self._foresight.is_needed_before(victims[0], held):
                     return
                 used_bytes -= release(victims.pop(0))
             nbytes = buffer_bytes(stored.spec)
             self.buffers.shrink(budget_bytes - used_bytes - nbytes, spare_bytes=nbytes)
             self._fills[held] = fill = self._filling.begin(stored, self.buffers)
             used_bytes += fill.nbytes
-
-    def latest_needed_first(self, entries: Iterable[Held] | None = None) -> list[Held]:
-        """List loaded entries, those first that are needed last."""
-        if entries is None:
-            entries = [held for held in self._numbering if held.state is State.LOADED]
-        return sorted(entries, key=self._next_use, reverse=True)
-
-    def _next_use(self, held: Held) -> int:
-        if self._order is None or not self._numbering.known(held):
-            return 1 << 60
-        return self._order.next_use(self._numbering.number(held))
-
-    def _is_needed_before(self, one: Held, other: Held) -> bool:
-        return self._next_use(one) <= self._next_use(other)
 
     def drop_ahead(self) -> None:
         """Give up what was read ahead; it is read again when it is needed."""

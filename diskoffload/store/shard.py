@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -347,16 +347,17 @@ class Shard:
         return self._identity[3]
 
     def prefetch(self, spec: StoredSpec) -> None:
-        """Ask the kernel to read a tensor ahead of its use."""
-        if hasattr(os, "posix_fadvise"):
-            with self._opened() as fd, suppress(OSError):
-                os.posix_fadvise(fd, spec.offset, spec.nbytes, os.POSIX_FADV_WILLNEED)
+        """Ask the kernel to read a tensor ahead of its use, unless it has been.
+
+        Raises as :meth:`read_into` does.
+        """
+        with self._opened() as fd:
+            self._files.fetch_into_cache(fd, spec.offset, spec.nbytes)
 
     def drop_behind(self, spec: StoredSpec) -> None:
         """Tell the kernel that a tensor's pages are of no more use; a hint, no promise."""
-        if hasattr(os, "posix_fadvise"):
-            with self._opened() as fd, suppress(OSError):
-                os.posix_fadvise(fd, spec.offset, spec.nbytes, os.POSIX_FADV_DONTNEED)
+        with self._opened() as fd:
+            self._files.drop_from_cache(fd, spec.offset, spec.nbytes)
 
     def copy_to(
         self, spec: StoredSpec, writer: ShardWriter, name: str, digest: str | None = None

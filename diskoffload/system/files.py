@@ -25,6 +25,8 @@ from diskoffload.system.memory import Memory, map_file
 BLOCK_BYTES = 4096
 _COPY_STEP_BYTES = 64 << 20
 _FALLBACK_STEP_BYTES = 8 << 20
+# The kernel's usual read-ahead: of a larger request it drops the rest (mm/readahead.c).
+_FETCH_STEP_BYTES = 128 << 10
 # What a file system without copy_file_range answers (copy_file_range(2), ERRORS).
 _CANNOT_COPY_IN_KERNEL = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 _RENAME_EXCHANGE = 2
@@ -247,6 +249,21 @@ class Files:
                         str(path),
                     )
 
+    def fetch_into_cache(self, fd: int, offset: int, nbytes: int) -> None:
+        """Have the kernel begin to read bytes of a file that its page cache lacks; a hint.
+
+        What is there already is told from the first and the last of them, and costs two calls.
+        """
+        if not hasattr(os, "RWF_NOWAIT") or not hasattr(os, "posix_fadvise") or not nbytes:
+            return
+        with contextlib.suppress(OSError):
+            ends = (offset, offset + nbytes - 1)
+            if all(_is_cached(fd, end) for end in ends):
+                return
+            for start in range(offset, offset + nbytes, _FETCH_STEP_BYTES):
+                step_bytes = min(_FETCH_STEP_BYTES, offset + nbytes - start)
+                os.posix_fadvise(fd, start, step_bytes, os.POSIX_FADV_WILLNEED)
+
     def drop_from_cache(self, fd: int, offset: int, nbytes: int) -> None:
         """Tell the kernel that these bytes of a file are of no more use; a hint, no promise."""
         if hasattr(os, "posix_fadvise"):
@@ -400,3 +417,10 @@ def memory_file_system(path: Path) -> str | None:
     except OSError:
         return None
     return best[1] if best[1] in _MEMORY_FILE_SYSTEMS else None
+
+
+def _is_cached(fd: int, offset: int) -> bool:
+    try:
+        return os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except BlockingIOError:
+        return False

@@ -1,0 +1,129 @@
+"""Mapped weights: fetched into the page cache ahead of their use, dropped from it behind.
+
+The kernel reads little ahead on a mapping, and where the weights do not fit it drops those that
+are needed next. So what is expected next is asked for early, and what is needed last leaves as
+soon as more was read than there is room for. Only hints: whatever the kernel does, the values
+are right.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+
+from diskoffload.errors import OffloadError
+from diskoffload.residency.foresight import Foresight
+from diskoffload.residency.held import Held, State
+from diskoffload.store.read_ahead import ReadAhead
+from diskoffload.store.stored import ShardTensor
+from diskoffload.system.memory import discard_written
+
+# Smaller ones the kernel reads well enough with their neighbours.
+_LEAST_BYTES = 128 << 10
+# What is asked for ahead: enough to keep a device busy while a layer is computed.
+_MOST_AHEAD_BYTES = 96 << 20
+_AHEAD_SHARE = 8
+# Of what is available, the share that may be full of weights before some leave.
+_FULL_SHARE = 0.8
+# Who was read last is, as a rule, needed last: looking at these is as good as looking at all.
+_CANDIDATES = 32
+# So many reads of something else, and what was asked for is not coming.
+_MOST_MISSES = 16
+
+
+class Mapped:
+    """Keeps the page cache ahead of the reader. Guarded by the residency's lock."""
+
+    def __init__(self, foresight: Foresight) -> None:
+        self._foresight = foresight
+        self._read_ahead = ReadAhead()
+        self._asked: weakref.WeakKeyDictionary[Held, int] = weakref.WeakKeyDictionary()
+        self._asked_bytes = 0
+        self._misses = 0
+        self._present: weakref.WeakKeyDictionary[Held, int] = weakref.WeakKeyDictionary()
+        self._present_bytes = 0
+        self._latest: deque[weakref.ref[Held]] = deque(maxlen=_CANDIDATES)
+
+    def note_read(self, held: Held, room_bytes: int) -> None:
+        """Note that a mapped entry was asked for; ask for others, and let some go.
+
+        Args:
+            held: the entry; what it lies on may be read by now, or not.
+            room_bytes: what is available, clean pages of the page cache included.
+        """
+        nbytes = held.nbytes
+        if nbytes < _LEAST_BYTES:
+            return
+        self._foresight.read(held)
+        self._note(held, nbytes)
+        if self._present_bytes > room_bytes * _FULL_SHARE:
+            self._drop_behind(held, int(room_bytes * _FULL_SHARE))
+        self._latest.append(weakref.ref(held))
+        self._look_ahead(min(_MOST_AHEAD_BYTES, room_bytes // _AHEAD_SHARE))
+
+    def _note(self, held: Held, nbytes: int) -> None:
+        asked_bytes = self._asked.pop(held, None)
+        if asked_bytes is not None:
+            self._asked_bytes -= asked_bytes
+            self._misses = 0
+        elif self._asked:
+            self._misses += 1
+            if self._misses > _MOST_MISSES:
+                self._read_ahead.forget()
+                self._asked.clear()
+                self._asked_bytes = self._misses = 0
+        if held not in self._present:
+            self._present[held] = nbytes
+            self._present_bytes += nbytes
+
+    def _look_ahead(self, most_bytes: int) -> None:
+        if self._asked_bytes > most_bytes // 2:
+            return
+        wanted: list[ShardTensor] = []
+        for held in self._foresight.expected():
+            if held in self._asked or held in self._present:
+                continue
+            stored = held.backing.plain_stored if held.backing is not None else None
+            if stored is None or held.state not in (State.VACANT, State.BENEATH):
+                continue
+            nbytes = stored.spec.nbytes
+            if nbytes < _LEAST_BYTES:
+                continue
+            if self._asked_bytes + nbytes > most_bytes:
+                break
+            self._asked[held] = nbytes
+            self._asked_bytes += nbytes
+            wanted.append(stored)
+        if wanted:
+            self._read_ahead.begin(wanted)
+
+    # ------------------------------------------------------------------ leaving
+
+    def _drop_behind(self, now: Held, most_bytes: int) -> None:
+        self._present_bytes = sum(self._present.values())  # less those that are gone
+        if self._present_bytes <= most_bytes:
+            return
+        latest = [held for ref in self._latest if (held := ref()) is not None]
+        for victim in self._foresight.latest_needed_first(latest):
+            if victim is now or victim not in self._present or not _give_back(victim):
+                continue
+            self._present_bytes -= self._present.pop(victim)
+            if self._present_bytes <= most_bytes:
+                return
+
+
+def _give_back(held: Held) -> bool:
+    """Give the kernel an entry's clean pages, unless something uses it or it was edited."""
+    stored = held.backing.plain_stored if held.backing is not None else None
+    held.unpublish()
+    span = held.mapped_span()
+    if stored is None or span is None or not held.is_unheld() or held.is_changed():
+        held.publish()
+        return False
+    start, stop = span
+    discard_written(start, stop - start)
+    try:
+        stored.shard.drop_behind(stored.spec)
+    except OffloadError:
+        return False  # the kernel will see for itself
+    return True

@@ -1,0 +1,126 @@
+"""Mapped weights: the next ones are in the page cache before they are read, old ones leave it."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import diskoffload
+from diskoffload.residency.allowance import Allowance
+from diskoffload.store.header import LENGTH_BYTES
+
+MIB = 1 << 20
+LAYERS = 24
+WIDTH = 1024  # 4 MiB each
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "RWF_NOWAIT"), reason="the system does not tell what is in its page cache"
+)
+
+
+def bare() -> torch.nn.Sequential:
+    with torch.device("meta"):
+        return torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(24)))
+
+
+@pytest.fixture
+def checkpoint(disk_path: Path) -> Path:
+    file = disk_path / "model.safetensors"
+    weights = {f"{n}.weight": torch.full((WIDTH, WIDTH), float(n)) for n in range(LAYERS)}
+    save_file(weights, file)
+    fd = os.open(file, os.O_RDONLY)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+    return file
+
+
+def cached_layers(file: Path) -> set[int]:
+    """Find the layers of which a page in the middle is in the page cache; reads nothing."""
+    size_bytes = file.stat().st_size
+    flags = (ctypes.c_ubyte * -(-size_bytes // mmap.PAGESIZE))()
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, mmap.MAP_PRIVATE) as mapped:
+        libc = ctypes.CDLL(None, use_errno=True)
+        start = ctypes.c_char.from_buffer(mapped)
+        try:
+            address = ctypes.c_void_p(ctypes.addressof(start))
+            assert libc.mincore(address, ctypes.c_size_t(size_bytes), flags) == 0
+        finally:
+            del start
+        header_bytes = LENGTH_BYTES + int.from_bytes(mapped[:LENGTH_BYTES], "little")
+    names = sorted(f"{n}.weight" for n in range(LAYERS))  # as save_file lays them out
+    middles = [header_bytes + place * 4 * MIB + 2 * MIB for place in range(LAYERS)]
+    return {
+        int(name.partition(".")[0])
+        for name, middle in zip(names, middles, strict=True)
+        if flags[middle // mmap.PAGESIZE] & 1
+    }
+
+
+def wait_for_ahead() -> None:
+    until_seconds = time.monotonic() + 20
+    while any(one.name == "diskoffload-ahead" for one in threading.enumerate()):
+        assert time.monotonic() < until_seconds
+        time.sleep(0.01)
+
+
+def has_all_by(file: Path, wanted: set[int]) -> bool:
+    until_seconds = time.monotonic() + 20  # it is asked for; the device takes its time
+    while not wanted <= cached_layers(file) and time.monotonic() < until_seconds:
+        time.sleep(0.02)
+    return wanted <= cached_layers(file)
+
+
+def test_what_comes_next_is_fetched(checkpoint: Path, tmp_path: Path) -> None:
+    model: Any = diskoffload.open_checkpoint(
+        checkpoint, model=bare(), offload_dir=tmp_path / "offload", mode="mapped"
+    )
+    assert cached_layers(checkpoint) == set()
+    model[0].weight  # noqa: B018 - nothing is touched, only asked for
+    wait_for_ahead()
+    assert has_all_by(checkpoint, set(range(1, 12)))
+    for n in range(LAYERS):
+        assert float(model[n].weight[3, 3]) == n
+    wait_for_ahead()
+
+
+def test_what_is_needed_last_leaves_the_cache(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Allowance, "room_bytes", lambda self, ours_bytes: 50 * MIB)  # of 96
+    model: Any = diskoffload.open_checkpoint(
+        checkpoint, model=bare(), offload_dir=tmp_path / "offload", mode="mapped"
+    )
+    for _ in range(2):
+        for n in range(LAYERS):
+            assert float(model[n].weight.sum()) == n * WIDTH * WIDTH
+    wait_for_ahead()
+    left = cached_layers(checkpoint)
+    assert 8 <= len(left) <= 21, left  # 10 layers, and what we and the kernel have read ahead
+
+
+def test_an_edited_weight_never_leaves_with_the_others(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Allowance, "room_bytes", lambda self, ours_bytes: 20 * MIB)
+    model: Any = diskoffload.open_checkpoint(
+        checkpoint, model=bare(), offload_dir=tmp_path / "offload", mode="mapped"
+    )
+    kept = model[5].weight.detach()
+    with torch.no_grad():
+        model[2].weight[7, 7] = -1
+    for _ in range(3):
+        for n in range(LAYERS):
+            assert float(model[n].weight[3, 3]) == n
+    assert float(model[2].weight[7, 7]) == -1
+    assert float(kept.sum()) == 5 * WIDTH * WIDTH
+    wait_for_ahead()
