@@ -17,11 +17,16 @@ from diskoffload.store.digests import (
     digests_to_come,
     needs_digest,
 )
+from diskoffload.store.direct_writes import STEP_BYTES, DirectWrites
 from diskoffload.store.header import LENGTH_BYTES, Header, Planned, build_header, parse_header
-from diskoffload.system.files import Files
+from diskoffload.system.files import BLOCK_BYTES, Files
 
 _WRITE_STEP_BYTES = 8 << 20
 _WRITE_BEHIND_BYTES = 64 << 20
+# Smaller files fit the page cache, and are likely read from there soon.
+_DIRECT_FROM_BYTES = 32 << 20
+# Less at a time a disk takes slower than the page cache does.
+_LEAST_DIRECT_BYTES = 1 << 20
 _READ_BACK_BYTES = 1 << 20
 
 Left = Literal["published", "begun", "nothing"]
@@ -169,6 +174,8 @@ class ShardWriter:
         self._sync_failed = False
         self._name_is_durable = False
         self._fd = fd
+        self._direct: DirectWrites | None = None
+        self._may_go_direct = header.file_bytes >= _DIRECT_FROM_BYTES
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -197,14 +204,53 @@ class ShardWriter:
         spec = self.header.specs[name]
         done, digest = self._begun.get(name) or (0, xxhash.xxh3_128())
         assert done + len(data) <= spec.nbytes
-        for begin in range(0, len(data), _WRITE_STEP_BYTES):
-            step = data[begin : begin + _WRITE_STEP_BYTES]
-            if not step.readonly:
-                step = self._copied(step)
-            digest.update(step)
-            self._put(step, spec.offset + done)
+        begin = 0
+        while begin < len(data):
+            offset = spec.offset + done
+            direct_bytes = self._direct_bytes(offset, len(data) - begin)
+            if direct_bytes:
+                assert self._direct is not None  # it was just used or begun
+                step = self._direct.write(data[begin : begin + direct_bytes], offset)
+                digest.update(step)
+            else:
+                step = data[begin : begin + self._buffered_bytes(offset, len(data) - begin)]
+                if not step.readonly:
+                    step = self._copied(step)
+                digest.update(step)
+                self._put(step, offset)
+            begin += len(step)
             done += len(step)
         self._count(name, done, digest)
+
+    def _direct_bytes(self, offset: int, nbytes: int) -> int:
+        """Tell how many of the next bytes are to be written past the page cache; 0 for none."""
+        if offset % BLOCK_BYTES or nbytes < _LEAST_DIRECT_BYTES or not self._goes_direct():
+            return 0
+        return min(nbytes // BLOCK_BYTES * BLOCK_BYTES, STEP_BYTES)
+
+    def _buffered_bytes(self, offset: int, nbytes: int) -> int:
+        """Tell how many to write through it: up to where a block begins, if that is then left."""
+        to_block_bytes = -offset % BLOCK_BYTES
+        if nbytes - to_block_bytes < _LEAST_DIRECT_BYTES or not self._goes_direct():
+            return _WRITE_STEP_BYTES
+        return to_block_bytes
+
+    def _goes_direct(self) -> bool:
+        if self._may_go_direct and self._direct is None:
+            fd = self._files.open_for_writing_past_cache(self._partial)
+            self._may_go_direct = fd is not None
+            if fd is not None:
+                self._direct = DirectWrites(self._files, self._partial, fd)
+        return self._may_go_direct
+
+    def _end_direct(self) -> None:
+        """Wait for what goes past the page cache; what follows goes through it."""
+        direct, self._direct, self._may_go_direct = self._direct, None, False
+        if direct is not None:
+            try:
+                direct.wait()
+            finally:
+                direct.close()
 
     def _copied(self, step: memoryview) -> memoryview:
         if not self._step:
@@ -264,6 +310,7 @@ class ShardWriter:
                 has its name by then, the file is still there to :meth:`abandon` or to leave.
         """
         self._complete()
+        self._end_direct()
         if durable:
             self._sync_data()
         self._files.rename(self._partial, self.path)
@@ -314,14 +361,19 @@ class ShardWriter:
                 errno.EIO, "could not sync the file: that failed before", str(self._partial)
             )
         self._sync_failed = True
+        if self._direct is not None:
+            self._direct.wait()
         self._files.sync(self._fd, self._partial)
         self._sync_failed = False
 
     def leave(self) -> None:
         """Close the file and leave it as it is, for :meth:`resumed`."""
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            self._files.close(fd)
+        fd, self._fd = self._fd, -1
+        try:
+            self._end_direct()
+        finally:
+            if fd >= 0:
+                self._files.close(fd)
 
     def suspend(self) -> None:
         """Make what was written so far durable and leave it, for :meth:`resumed`."""
@@ -330,7 +382,14 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Remove what was written, unless it was published."""
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            self._files.close(fd)
-            self._files.remove(self._partial)
+        direct, self._direct = self._direct, None
+        fd, self._fd = self._fd, -1
+        try:
+            if direct is not None:
+                direct.close()
+        finally:
+            if fd >= 0:
+                try:
+                    self._files.close(fd)
+                finally:
+                    self._files.remove(self._partial)

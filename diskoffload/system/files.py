@@ -80,14 +80,23 @@ class Files:
     Attributes:
         may_map: whether files are mapped; else they are read, as where the system refuses.
         may_read_past_cache: whether files may be read directly into a process's memory.
+        may_write_past_cache: whether they may be written directly from it.
     """
 
     may_map = True
     may_read_past_cache = True
+    may_write_past_cache = True
 
-    def __init__(self, *, may_map: bool = True, may_read_past_cache: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        may_map: bool = True,
+        may_read_past_cache: bool = True,
+        may_write_past_cache: bool = True,
+    ) -> None:
         self.may_map = may_map
         self.may_read_past_cache = may_read_past_cache
+        self.may_write_past_cache = may_write_past_cache
 
     def open_for_reading(self, path: Path) -> int:
         """Open an existing regular file; the caller closes the descriptor."""
@@ -117,19 +126,30 @@ class Files:
             A descriptor, which the caller closes; ``None`` where the system or the file system
             cannot (``open(2)``, ``O_DIRECT``).
         """
-        flag = getattr(os, "O_DIRECT", None)
-        if flag is None or not self.may_read_past_cache:
+        if not self.may_read_past_cache:
             return None
         place = path if fd < 0 else Path(f"/proc/self/fd/{fd}")
         try:
-            return os.open(place, os.O_RDONLY | os.O_CLOEXEC | flag)
+            return _open_direct(place, os.O_RDONLY)
         except OSError as error:
-            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
-                return None
             if fd >= 0 and error.errno == errno.ENOENT:  # no /proc here
                 return None
             with naming_faults("open the file", path):
                 raise
+
+    def open_for_writing_past_cache(self, path: Path) -> int | None:
+        """Open an existing file so that what is written to it is not left in the page cache.
+
+        Writes must begin and end at multiples of :data:`BLOCK_BYTES`, in the file and in memory.
+
+        Returns:
+            A descriptor, which the caller closes; ``None`` where the system or the file system
+            cannot.
+        """
+        if not self.may_write_past_cache:
+            return None
+        with naming_faults("open the file for writing", path):
+            return _open_direct(path, os.O_WRONLY)
 
     def create(self, path: Path) -> int:
         """Create a file that must not exist yet, with the user's umask."""
@@ -424,3 +444,15 @@ def _is_cached(fd: int, offset: int) -> bool:
         return os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
     except BlockingIOError:
         return False
+
+
+def _open_direct(path: Path, mode: int) -> int | None:
+    flag = getattr(os, "O_DIRECT", None)
+    if flag is None:
+        return None
+    try:
+        return os.open(path, mode | os.O_CLOEXEC | flag)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # not on this file system
+            return None
+        raise

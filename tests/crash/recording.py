@@ -16,7 +16,8 @@ import pytest
 
 import diskoffload.store.folder
 import diskoffload.store.journal
-from diskoffload.system.files import Files, naming_faults
+import diskoffload.store.shard_writer
+from diskoffload.system.files import BLOCK_BYTES, Files, naming_faults
 from diskoffload.system.memory import Memory
 
 _Result = TypeVar("_Result")
@@ -26,11 +27,14 @@ _Result = TypeVar("_Result")
 def using(files: Files) -> Iterator[None]:
     """Have every folder that is opened meanwhile do its file operations through this object.
 
-    Its journal is compacted often: as soon as it is twice as long as what is alive.
+    Its journal is compacted often: as soon as it is twice as long as what is alive. Tensors of
+    a few blocks go past the page cache, as large ones do.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(diskoffload.store.folder, "Files", lambda: files)
         patch.setattr(diskoffload.store.journal, "_LEAST_DEAD_BYTES", 0)
+        patch.setattr(diskoffload.store.shard_writer, "_DIRECT_FROM_BYTES", 0)
+        patch.setattr(diskoffload.store.shard_writer, "_LEAST_DIRECT_BYTES", BLOCK_BYTES)
         yield
 
 
@@ -60,6 +64,10 @@ class Watched(Files):
     def open_for_writing(self, path: Path) -> int:
         return self.watch("open", path, lambda: super(Watched, self).open_for_writing(path))
 
+    def open_for_writing_past_cache(self, path: Path) -> int | None:
+        whole = super().open_for_writing_past_cache
+        return self.watch("open", path, lambda: whole(path))
+
     def duplicate(self, fd: int, path: Path) -> int:
         return self.watch("open", path, lambda: super(Watched, self).duplicate(fd, path))
 
@@ -80,7 +88,8 @@ class Watched(Files):
 
     def write(self, fd: int, data: memoryview, offset: int, path: Path) -> None:
         whole = super().write
-        half = data[: len(data) // 2]
+        # Half of its blocks, if it has some: other ends a direct write cannot have.
+        half = data[: len(data) // 2 // BLOCK_BYTES * BLOCK_BYTES or len(data) // 2]
         self.watch(
             "write",
             path,
@@ -288,6 +297,13 @@ class Recording(Failing):
         with self._in_order:
             fd = super().open_for_writing(path)
             self._file_of_fd[fd] = self._file_at[str(path)]
+            return fd
+
+    def open_for_writing_past_cache(self, path: Path) -> int | None:
+        with self._in_order:
+            fd = super().open_for_writing_past_cache(path)
+            if fd is not None:
+                self._file_of_fd[fd] = self._file_at[str(path)]
             return fd
 
     def create(self, path: Path) -> int:
