@@ -23,6 +23,8 @@ from diskoffload.module import (
 )
 from diskoffload.planning import format_bytes
 from diskoffload.progress import count_bar
+from diskoffload.residency.resident import residency_for
+from diskoffload.residency.streaming import Mode
 from diskoffload.store.folder import Folder
 from diskoffload.store.open_folders import open_folders
 from diskoffload.system.devices import usable_device
@@ -41,6 +43,7 @@ def dispatch_model(
     max_memory: Mapping[Any, int | float | str] | None = None,
     offload_dir: Folder | Path | str | None = None,
     compression: str | None = None,
+    mode: Mode | None = None,
     show_progress: bool = False,
 ) -> _Model:
     """Dispatch a model for generation: as much as possible stays on the devices.
@@ -61,6 +64,9 @@ def dispatch_model(
             the container's limit included.
         offload_dir: folder for what goes to disk; ``None`` takes a fresh temporary one.
         compression: ``None`` or ``"zstd"`` for what is written to disk.
+        mode: how weights on disk are held that are used on the CPU, see
+            :func:`diskoffload.open_checkpoint`; ``None`` leaves it as it is, at first
+            ``"auto"``.
         show_progress: show a progress bar.
 
     Returns:
@@ -84,7 +90,12 @@ def dispatch_model(
         for part, _ in model.get_submodule(name).named_modules(prefix=name):
             device_map.setdefault(part, places)
     dispatch_with_map(
-        model, device_map, offload_dir, show_progress=show_progress, compression=compression
+        model,
+        device_map,
+        offload_dir,
+        show_progress=show_progress,
+        compression=compression,
+        mode=mode,
     )
     for name, module in model.named_modules():
         if name not in device_map and is_offloaded(module):
@@ -99,6 +110,7 @@ def dispatch_with_map(
     show_progress: bool = True,
     *,
     compression: str | None = None,
+    mode: Mode | None = None,
 ) -> None:
     """Dispatch a model by a map: module name -> (onload device, offload device).
 
@@ -112,7 +124,12 @@ def dispatch_with_map(
             one, but for those that have a folder already.
         show_progress: show a progress bar.
         compression: ``None`` or ``"zstd"`` for what is written to disk.
+        mode: see :func:`dispatch_model`.
+
+    Raises:
+        InvalidInputError: the map names modules that the model lacks, or no such mode.
     """
+    residency = None if mode is None else residency_for(None, mode)
     modules = dict(model.named_modules(remove_duplicate=False))
     unknown = [name for name in device_map if name not in modules]
     if unknown:
@@ -129,7 +146,7 @@ def dispatch_with_map(
             if offload is None or id(module) in done:
                 continue
             done.add(id(module))
-            options: dict[str, Any] = {"name": name}
+            options: dict[str, Any] = {"name": name, "residency": residency}
             if offload == "disk":
                 on_disk = cache_of(module)
                 if offload_dir is not None or on_disk is None or on_disk.offload_device != "disk":
@@ -160,6 +177,7 @@ def offload_model(
     *,
     offload_dir: Folder | Path | str | None = None,
     compression: str | None = None,
+    mode: Mode | None = None,
 ) -> _Model:
     """Offload a model for sequential onloading: each layer comes when it runs, and goes.
 
@@ -171,12 +189,13 @@ def offload_model(
         offload_dir: folder for ``offload_device="disk"``; ``None`` takes a fresh
             temporary one.
         compression: ``None`` or ``"zstd"`` for what is written to disk.
+        mode: see :func:`dispatch_model`.
 
     Returns:
         The model.
     """
     if offload_device is None:
-        if offload_dir is None and compression is None:
+        if offload_dir is None and compression is None and mode is None:
             set_onload_device(model, onload_device)
             return model
         offload_device = "disk"
@@ -187,6 +206,7 @@ def offload_model(
         offload_dir,
         show_progress=False,
         compression=compression,
+        mode=mode,
     )
     tensors = dict(tensor for size in module_sizes(model) for tensor in size.tensors)
     _log.info(

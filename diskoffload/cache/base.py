@@ -117,6 +117,8 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
         if isinstance(mapping, OffloadCache):
             made.born.update(mapping.born)
             for key, held in mapping._held.items():
+                if held is not None and mapping.residency is not made.residency:
+                    mapping.residency.hand_over(held.root, made.residency)
                 made._take_over(key, held)
             return made
         for key, value in mapping.items():

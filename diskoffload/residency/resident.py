@@ -314,6 +314,16 @@ class Residency:
                 held.publish()  # readable until it is written; the writer's queue is bounded
             return True
 
+    def hand_over(self, held: Held, heir: Residency) -> None:
+        """Have another keep an entry's books from now on; what nothing uses leaves memory."""
+        with self.lock, heir.lock:
+            self.release(held)
+            nbytes = self._loaded.pop(held, None)
+            self._known.discard(held)
+            heir._known.add(held)
+            if nbytes is not None:
+                heir._loaded[held] = nbytes
+
     def vacate_mapped(self, held: Held) -> bool:
         """Take a file's mapping from beneath an entry, unless something uses it.
 
