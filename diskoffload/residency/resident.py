@@ -20,6 +20,7 @@ import torch
 from diskoffload.budget import format_bytes
 from diskoffload.errors import ClosedError, InvalidInputError, StorageError
 from diskoffload.residency.allowance import Allowance
+from diskoffload.residency.devices import Devices
 from diskoffload.residency.edits import unedited
 from diskoffload.residency.foresight import Foresight
 from diskoffload.residency.forking import quiesce_at_fork
@@ -34,10 +35,12 @@ from diskoffload.residency.window import Window
 from diskoffload.store.shard import buffer_bytes
 from diskoffload.store.stored import ShardTensor
 from diskoffload.store.writer import Ticket
+from diskoffload.system.accelerators import Accelerators
 from diskoffload.system.headroom import Headroom
 from diskoffload.system.memory import empty, trim_heap
 
 _log = logging.getLogger(__name__)
+_CPU = torch.device("cpu")
 
 # Mapped tensors that may be edited before anyone looks: at least so much, else this share of
 # what is available, and of max_bytes where it is given.
@@ -68,6 +71,7 @@ class Residency:
         max_bytes: int | None = None,
         headroom: Headroom | None = None,
         mode: Mode = "auto",
+        accelerators: Accelerators | None = None,
     ) -> None:
         """Begin with nothing in memory.
 
@@ -76,11 +80,13 @@ class Residency:
             headroom: tells what is available.
             mode: how weights are held that lie on disk as they are used: ``"mapped"``,
                 ``"streamed"``, or ``"auto"``: streamed if they do not fit what is available.
+            accelerators: tells what is free on devices, and copies to them.
         """
         self._allowance = Allowance(max_bytes, headroom or Headroom())
         self._foresight = Foresight()
         self._streaming = Streaming(mode, self._foresight)
         self._mapped = Mapped(self._foresight)
+        self._devices = Devices(accelerators or Accelerators(), self._foresight)
         self.lock = threading.RLock()
         self.evicted_count = 0
         self.loaded_count = 0
@@ -125,6 +131,7 @@ class Residency:
     def quiesce(self) -> None:
         """Wait until nothing is being read; the lock is held."""
         self._streaming.quiesce()
+        self._devices.quiesce()
 
     def entries(self) -> list[Held]:
         """List every entry that is bound to a module."""
@@ -194,11 +201,14 @@ class Residency:
     def _bring(self, held: Held, device: torch.device) -> None:
         backing = held.backing
         assert backing is not None  # only AS_IS entries have none, and they are never vacant
-        stored = self._streaming.to_stream(held) if device.type == "cpu" else None
+        goes_to_one = self._devices.is_one(device)
+        stored = None if goes_to_one else self._streaming.to_stream(held)
         if stored is not None and held.state is not State.FRESH:
             self._stream(held, stored)
             return
-        value = None if held.state is State.FRESH else backing.beneath(device)
+        lies_elsewhere = goes_to_one and backing.memory is None
+        is_fresh = held.state is State.FRESH
+        value = None if is_fresh or lies_elsewhere else backing.beneath(device)
         if value is not None:
             held.lay(value, State.BENEATH)
             self._storages.note(held)
@@ -209,8 +219,17 @@ class Residency:
             return
         dtype, shape = backing.layout
         nbytes = torch.Size(shape).numel() * dtype.itemsize
-        self.make_room(nbytes)
-        held.lay(backing.load(device), State.LOADED)
+        self.make_room(nbytes, device)
+        plain = backing.plain_stored
+        if plain is not None and self._devices.can(device):
+            self._foresight.read(held)
+            held.lay(*self._devices.take(held, plain, device))
+        else:
+            held.lay(backing.load(device), State.LOADED)
+        self._note_loaded(held, nbytes)
+        self._devices.look_ahead(device, self._loaded)
+
+    def _note_loaded(self, held: Held, nbytes: int) -> None:
         self._storages.note(held)
         self._loaded[held] = nbytes
         self.loaded_count += 1
@@ -222,10 +241,7 @@ class Residency:
         value, digest, fill = self._streaming.take(held, stored)
         held.lay(value, State.LOADED, digest)
         held.buffer = fill.buffer
-        self._storages.note(held)
-        self._loaded[held] = nbytes
-        self.loaded_count += 1
-        self._watching.wake()
+        self._note_loaded(held, nbytes)
         self._streaming.look_ahead(self.budget_bytes(), self._used_bytes(), self._released_bytes)
 
     def _released_bytes(self, held: Held) -> int:
@@ -239,14 +255,21 @@ class Residency:
         asked = not self._streaming.is_on
         return self._allowance.budget_bytes(self._ours_bytes(), asked=asked)
 
-    def make_room(self, nbytes: int) -> None:
-        """Let loaded copies leave until ``nbytes`` more fit the budget, as far as they can."""
+    def make_room(self, nbytes: int, device: torch.device = _CPU) -> None:
+        """Let loaded copies leave until ``nbytes`` more fit, as far as they can.
+
+        Args:
+            nbytes: what is to come.
+            device: where to. In RAM it must fit the budget, on an accelerator what that has left.
+        """
         with self.lock:
             for held in list(self._loaded):
                 if not held.is_kept and self._streaming.to_stream(held) is None:
                     self.release(held)
+            if self._devices.is_one(device):
+                self._leave_until(self._devices.room(device, nbytes, self._loaded), device)
             # Asking the system costs a little, so only where something could leave.
-            if self._ours_bytes():
+            elif self._ours_bytes():
                 self._fit(nbytes, self.budget_bytes())
 
     def give_back(self) -> bool:
@@ -276,17 +299,24 @@ class Residency:
 
     def _fit(self, nbytes: int, budget_bytes: int) -> None:
         """Let what is needed last leave, until so many more bytes fit the budget."""
-        used_bytes, buffers = self._used_bytes(), self._streaming.buffers
-        if used_bytes + nbytes > budget_bytes:
-            for held in self._foresight.latest_needed_first(self._loaded):
-                used_bytes -= (freed_bytes := self._released_bytes(held))
-                self.evicted_count += freed_bytes > 0
-                if used_bytes + nbytes <= budget_bytes:
-                    break
-        buffers.shrink(budget_bytes - used_bytes - nbytes, spare_bytes=nbytes)
+        self._leave_until(self._used_bytes() + nbytes - budget_bytes, _CPU)
+        left_bytes = budget_bytes - self._used_bytes() - nbytes
+        self._streaming.buffers.shrink(left_bytes, spare_bytes=nbytes)
+
+    def _leave_until(self, wanted_bytes: int, device: torch.device) -> None:
+        """Let what is needed last leave a device, until so many bytes are free again."""
+        if wanted_bytes <= 0:
+            return
+        there = [held for held in self._loaded if self._devices.is_on(held, device)]
+        for held in self._foresight.latest_needed_first(there):
+            wanted_bytes -= (freed_bytes := self._released_bytes(held))
+            self.evicted_count += freed_bytes > 0
+            if wanted_bytes <= 0:
+                break
 
     def _used_bytes(self) -> int:
-        return self.loaded_bytes + self._streaming.ahead_bytes
+        in_ram_bytes = self.loaded_bytes - self._devices.loaded_bytes(self._loaded)
+        return in_ram_bytes + self._streaming.ahead_bytes
 
     def _ours_bytes(self) -> int:
         return self._used_bytes() + self._streaming.buffers.free_bytes

@@ -82,3 +82,11 @@ def test_an_unknown_mode_changes_nothing(tmp_path: Path) -> None:
             mode="swapped",  # type: ignore[arg-type]
         )
     assert type(model[0]._parameters) is dict
+
+
+def test_a_module_joins_another_in_its_temporary_folder() -> None:
+    first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    diskoffload.offload_module(first, "cpu", "disk")
+    diskoffload.offload_module(second, **diskoffload.get_cache_init_kwargs(first))
+    caches: Any = (first._parameters, second._parameters)
+    assert caches[0].folder is caches[1].folder
