@@ -117,9 +117,10 @@ def open_checkpoint(
         mode: how weights are held on the CPU that lie in their files as they are used.
             ``"mapped"``: in the kernel's page cache, at no memory of the process's own;
             ``"streamed"``: read past that cache into buffers, as much as ``max_memory`` allows
-            (three quarters of what is available, if it says nothing) is kept, and given back
-            when others need it, what is needed next is read ahead; ``"auto"``: mapped if they
-            fit what is available, else streamed. The log says what was chosen, and why.
+            (half of what is available, if it says nothing) is kept, and given back when others
+            need it, what is needed next is read ahead; ``"auto"``: streamed if ``max_memory``
+            is given and they do not fit what is available, else mapped. The log says what was
+            chosen, and why.
 
     Returns:
         The model, in eval mode if it was built here. It owns the folder and the mappings.

@@ -10,7 +10,7 @@ from diskoffload.system.headroom import Headroom
 _RESERVE_BYTES = 512 << 20
 _RESERVE_SHARE = 0.1
 # What is available is not all for us where nobody has said how much we may take of it.
-_UNASKED_SHARE = 0.75
+_UNASKED_SHARE = 0.5
 # What was given up is taken again only where so much more is free: else each of two processes
 # would give up, and take, what the other does.
 _LEAST_GROWTH_BYTES = 64 << 20

@@ -118,8 +118,7 @@ def _give_back(held: Held) -> bool:
     held.unpublish()
     span = held.mapped_span()
     if stored is None or span is None or not held.is_unheld() or held.is_changed():
-        held.publish()
-        return False
+        return False  # readers ask from now on: it may be one that is to be looked at for edits
     start, stop = span
     discard_written(start, stop - start)
     try:

@@ -73,6 +73,10 @@ class Order:
         far = len(self._places) + 1
         expected = places[number] - self._at if number < len(places) else far
         count, last = self._reads.get(key, (0, 0))
+        if 0 < count < _YOUNG and count not in self._gaps:
+            # Nobody came back after so many reads yet: who was read last is then needed last,
+            # and who is due again before.
+            return 2 * far - (self.now - last)
         left = last + self._gaps.get(count, far) - self.now
         return min(expected, left) if left > 0 else expected
 

@@ -79,7 +79,8 @@ class Residency:
             max_bytes: what loaded copies may take; ``None``: what is available.
             headroom: tells what is available.
             mode: how weights are held that lie on disk as they are used: ``"mapped"``,
-                ``"streamed"``, or ``"auto"``: streamed if they do not fit what is available.
+                ``"streamed"``, or ``"auto"``: streamed if they do not fit what is available and
+                ``max_bytes`` says what memory of the process's own they may take.
             accelerators: tells what is free on devices, and copies to them.
         """
         self._allowance = Allowance(max_bytes, headroom or Headroom())
@@ -154,7 +155,7 @@ class Residency:
                 self._settle()
                 root = held.root
                 if root.backing is not None and root.backing.memory is None:
-                    self._streaming.decide(self._room_bytes, self._allowance.explain)
+                    self._decide()
                 if self._streaming.to_stream(root) is not None:
                     self._streaming.note_read(root)
                     if root.state is State.BENEATH:
@@ -168,6 +169,12 @@ class Residency:
                     self._look_at_what_leaves()
                     self._mapped.note_read(root, self._allowance.room_bytes(0))
             return held.publish()
+
+    def _decide(self) -> None:
+        # Only who says how much may be taken knows what else the process will need: a loop that
+        # replaces weights was killed in its container where it was taken unasked.
+        if self.max_bytes is not None:
+            self._streaming.decide(self._room_bytes, self._allowance.explain)
 
     def _room_bytes(self) -> int:
         return self._allowance.room_bytes(self._ours_bytes())

@@ -32,7 +32,9 @@ def main(source: str, offload_dir: str, hog_bytes: str) -> None:
     """Do it all; the group has room for a part of the model."""
     with torch.device("meta"):
         bare = make_model()
-    model: Any = diskoffload.open_checkpoint(source, model=bare, offload_dir=offload_dir)
+    model: Any = diskoffload.open_checkpoint(
+        source, model=bare, offload_dir=offload_dir, mode="streamed"
+    )
     residency = model[0]._parameters.residency
     output_of(model)
     outputs = [output_of(model)]

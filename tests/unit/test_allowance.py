@@ -30,7 +30,7 @@ def allowance(machine: Machine, max_bytes: int | None = None) -> Allowance:
 def test_what_we_have_counts_as_available_and_a_reserve_is_left() -> None:
     found = allowance(Machine(2000))
     assert found.budget_bytes(100 * MIB, asked=True) == (2000 + 100 - 512) * MIB
-    assert found.budget_bytes(100 * MIB, asked=False) == int(1588 * MIB * 0.75)
+    assert found.budget_bytes(100 * MIB, asked=False) == 1588 * MIB // 2
     assert allowance(Machine(2000), 7 * MIB).budget_bytes(0, asked=False) == 7 * MIB
     assert allowance(Machine(100)).budget_bytes(0, asked=True) == 0
 

@@ -77,10 +77,11 @@ def experts(passes: int) -> list[int]:
     ("trace", "expected", "least"),
     [
         (DENSE * 8, DENSE, 0.95),
-        # That every layer is visited twice is to be learned at the first ones: 10 are few.
-        (PIPELINE, DENSE, 0.85),
-        (PIPELINE * 6, DENSE, 0.9),
-        (experts(30), range(88), 0.95),
+        # That every layer is visited twice is to be learned at the first of ten.
+        (PIPELINE, DENSE, 0.95),
+        (PIPELINE * 6, DENSE, 0.95),
+        # Who knows the future knows what a router will pick: nobody else can.
+        (experts(30), range(88), 0.93),
     ],
     ids=["dense", "pipeline once", "pipeline", "experts"],
 )
