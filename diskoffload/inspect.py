@@ -13,10 +13,11 @@ from typing import Any
 
 from diskoffload.budget import format_bytes
 from diskoffload.errors import CheckpointError, OffloadError
+from diskoffload.store.encoded import EncodedTensor
 from diskoffload.store.header import FILLER_PREFIX
 from diskoffload.store.json_reader import brief
 from diskoffload.store.shard import Shard
-from diskoffload.store.stored import RAW, EncodedTensor, stored_tensors
+from diskoffload.store.stored import stored_tensors
 from diskoffload.system.files import Files, naming_faults
 
 _MOST_SHOWN = 120
@@ -33,7 +34,7 @@ class TensorInfo:
         stored_bytes: what it takes in the file.
         value_bytes: what it takes in memory.
         offset: first byte in the file.
-        compression: codec, or ``None``.
+        compression: how it is packed, or ``None``.
     """
 
     name: str
@@ -215,8 +216,8 @@ def _inspect(path: Path) -> ShardInfo:
         if name.startswith(FILLER_PREFIX):
             filler += tensor.spec.nbytes
             continue
-        packed = isinstance(tensor, EncodedTensor) and tensor.codec_name != RAW
-        value_bytes = tensor.nbytes if isinstance(tensor, EncodedTensor) else tensor.spec.nbytes
+        encoded = tensor if isinstance(tensor, EncodedTensor) else None
+        value_bytes = tensor.spec.nbytes if encoded is None else encoded.nbytes
         tensors.append(
             TensorInfo(
                 name,
@@ -225,7 +226,7 @@ def _inspect(path: Path) -> ShardInfo:
                 tensor.spec.nbytes,
                 value_bytes,
                 tensor.spec.offset,
-                tensor.codec_name if packed and isinstance(tensor, EncodedTensor) else None,
+                None if encoded is None else encoded.compression,
             )
         )
     header = shard.header

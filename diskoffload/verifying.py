@@ -14,11 +14,12 @@ from diskoffload.errors import CheckpointError, OffloadError
 from diskoffload.progress import byte_bar
 from diskoffload.store.commits import Commits, Committed
 from diskoffload.store.digests import check_header
+from diskoffload.store.encoded import EncodedTensor
 from diskoffload.store.folder import open_committed
 from diskoffload.store.header import FILLER_PREFIX
 from diskoffload.store.journal import JOURNAL_NAME, Journal
 from diskoffload.store.shard import Shard
-from diskoffload.store.stored import EncodedTensor, ShardTensor, stored_tensors
+from diskoffload.store.stored import ShardTensor, stored_tensors
 from diskoffload.system.files import Files, naming_faults
 
 # How often a commit that is replaced while it is read is read again.

@@ -19,26 +19,57 @@ import zstandard
 from diskoffload.checkpoint import source
 from diskoffload.checkpoint.source import CONFIG_NAME, INDEX_NAME, Checkpoint
 from diskoffload.errors import OffloadError
-from diskoffload.store import codec, digests, header, json_reader, shard, stored
-from diskoffload.store.codec import CHUNK_BYTES, Zstd
+from diskoffload.store import (
+    codec,
+    digests,
+    encoded,
+    header,
+    json_reader,
+    shard,
+    stored,
+    zstd_frames,
+    zstd_planes,
+)
+from diskoffload.store.codec import codec_named
 from diskoffload.store.digests import DIGESTS_KEY
+from diskoffload.store.encoded import ENCODING_KEY, EncodedTensor, encoding_of
 from diskoffload.store.header import DTYPES, Header, header_length, parse_header
 from diskoffload.store.shard import Shard
-from diskoffload.store.stored import ENCODING_KEY, EncodedTensor, stored_tensors
+from diskoffload.store.stored import stored_tensors
+from diskoffload.store.workspace import Workspace
+from diskoffload.store.zstd_frames import Zstd
 from diskoffload.system.files import Files
 
-INSTRUMENTED: list[ModuleType] = [codec, digests, header, json_reader, shard, source, stored]
+INSTRUMENTED: list[ModuleType] = [
+    *(codec, digests, encoded, header, json_reader, shard, source, stored),
+    *(zstd_frames, zstd_planes),
+]
 TOKENS = [
     *(b"0", b"1", b"-1", b"4", b"1e9", b"4.0", b"NaN", b"null", b"true", b"[]", b"{}", b'""'),
     *(b"2147483648", b"4294967296", b"9223372036854775807", b"9223372036854775808"),
     *(b"18446744073709551616", b"9" * 5000, b"[" * 2000, b'{"":' * 1200, b"\\ud800", b"\\u0000"),
     *(b'"dtype"', b'"shape"', b'"data_offsets"', b'"__metadata__"', b'"weight_map"', b'"chunks"'),
-    *(b'"codec"', b'"raw"', b'"zstd"', b'"a":', b"../", b"\0", b"\xff", b"\xc3\xa9", b"\n", b" "),
+    *(
+        b'"codec"',
+        b'"raw"',
+        b'"zstd"',
+        b'"zstd-planes"',
+        b'"version"',
+        b'"a":',
+        b"../",
+        b"\0",
+        b"\xff",
+        b"\xc3\xa9",
+        b"\n",
+        b" ",
+    ),
     *(f'"{name}"'.encode() for name in DTYPES),
     *(b'"F4"', b'"complex32"', b'"bits8"', b'"quint4x2"', b'"uint4"', b'"int8"', b'"onnx"'),
     *(b"one.safetensors", b"two.safetensors", b"folder", b"pipe", b"link", b"loop"),
 ]
 _MOST_LOADED_BYTES = 32 << 20
+# 4 MiB in a frame of 128 bytes, or 1 MiB in a chunk of 32.
+_MOST_TIMES_SMALLER = 32768
 _SPLIT = b"\n\n"
 
 
@@ -200,6 +231,10 @@ class IndexTarget:
             expect(same, "another dtype or shape")
 
 
+def _parts(value: memoryview, chunk_bytes: int) -> list[memoryview]:
+    return [value[start : start + chunk_bytes] for start in range(0, len(value), chunk_bytes)]
+
+
 class PackedTarget:
     """One packed tensor: what is said of it, two line ends, and its bytes.
 
@@ -211,17 +246,24 @@ class PackedTarget:
 
     def seeds(self) -> list[bytes]:
         """Give tensors packed as they should be, with and without checksums."""
-        made = []
-        for nbytes in (4, 1000, CHUNK_BYTES + 8):
-            value = bytes(range(4)) * (nbytes // 4)
-            careless = zstandard.ZstdCompressor(level=1)
-            starts = range(0, nbytes, CHUNK_BYTES)
-            for chunks in (
-                list(Zstd().pack(memoryview(value))),
-                [careless.compress(value[start : start + CHUNK_BYTES]) for start in starts],
-            ):
-                said = {"codec": "zstd", "dtype": "float32", "shape": [nbytes // 4]}
-                made.append(({**said, "chunks": [*map(len, chunks)]}, b"".join(chunks)))
+        made: list[tuple[dict[str, Any], bytes]] = []
+        frames, planes = Zstd(), codec_named("zstd")
+        compressor = zstandard.ZstdCompressor(level=1, write_checksum=True)
+        careless = zstandard.ZstdCompressor(level=1)
+        for nbytes in (4, 1000, frames.chunk_bytes + 8):
+            value = memoryview(bytes(range(4)) * (nbytes // 4))
+            said = {"dtype": "float32", "shape": [nbytes // 4]}
+            parts = _parts(value, frames.chunk_bytes)
+            for tool in (compressor, careless):
+                chunks = [tool.compress(part) for part in parts]
+                sizes = [*map(len, chunks)]
+                made.append(({"codec": "zstd", **said, "chunks": sizes}, b"".join(chunks)))
+            chunks = [
+                planes.pack_chunk(part, number * planes.chunk_bytes, 4, Workspace())
+                for number, part in enumerate(_parts(value, planes.chunk_bytes))
+            ]
+            encoding = encoding_of(torch.float32, (nbytes // 4,), planes, [*map(len, chunks)])
+            made.append((encoding, b"".join(chunks)))
         made.append(({"codec": "raw", "dtype": "complex32", "shape": [2]}, bytes(8)))
         made.append(({"codec": "raw", "dtype": "float4_e2m1fn_x2", "shape": [2, 2]}, bytes(4)))
         packed = [b"\0" + json.dumps({"a": said}).encode() + _SPLIT + data for said, data in made]
@@ -240,7 +282,7 @@ class PackedTarget:
             one = json.loads(said)["a"]
             dtype, shape = getattr(torch, one["dtype"]), one["shape"]
         nbytes = prod(shape) * dtype.itemsize
-        expect(nbytes <= len(packed) * (CHUNK_BYTES // 128), "more than can be packed")
+        expect(nbytes <= len(packed) * _MOST_TIMES_SMALLER, "more than can be packed")
         if nbytes > _MOST_LOADED_BYTES:
             return
         for value in (tensor, tensor.load(), tensor.mapped()):

@@ -9,10 +9,11 @@ from diskoffload.cache.disk_backing import DiskBacking
 from diskoffload.residency.held import Held
 from diskoffload.residency.resident import Residency
 from diskoffload.store.compaction import is_mostly_dead
+from diskoffload.store.encoded import EncodedTensor
 from diskoffload.store.folder import Folder
 from diskoffload.store.header import StoredSpec
 from diskoffload.store.shard import Shard
-from diskoffload.store.stored import EncodedTensor, ShardTensor, StridedTensor
+from diskoffload.store.stored import ShardTensor, StridedTensor
 from diskoffload.store.writer import Ticket
 
 # A commit after each small change leaves a small file each; each is a mapping too, of which a

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from diskoffload.errors import CheckpointError, listed
+from diskoffload.store.encoded import EncodedTensor
 from diskoffload.store.json_reader import JsonReader, brief, short_int
 from diskoffload.store.shard import Shard
-from diskoffload.store.stored import EncodedTensor, ShardTensor, stored_tensors
+from diskoffload.store.stored import ShardTensor, stored_tensors
 from diskoffload.system.files import Files, naming_faults
 
 SINGLE_NAME = "model.safetensors"

@@ -19,9 +19,10 @@ from diskoffload.residency.held import Held
 from diskoffload.residency.resident import Residency, current_value
 from diskoffload.residency.storages import ViewBacking
 from diskoffload.store.commits import Committed, Entry
+from diskoffload.store.encoded import EncodedTensor
 from diskoffload.store.folder import Folder
 from diskoffload.store.shard import Shard
-from diskoffload.store.stored import EncodedTensor, ShardTensor, Stored, StridedTensor
+from diskoffload.store.stored import ShardTensor, Stored, StridedTensor
 from diskoffload.store.writer import Ticket, digest_of
 
 # How often a tensor that another thread keeps changing is written before it is given up.

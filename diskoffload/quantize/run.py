@@ -27,8 +27,9 @@ from diskoffload.quantize.lock import FolderLock
 from diskoffload.quantize.note import NOTE_NAME
 from diskoffload.quantize.plan import Job, QuantizePlan, prepare
 from diskoffload.quantize.state import SHARD_METADATA, State
+from diskoffload.store.encoded import EncodedTensor
 from diskoffload.store.shard_writer import ShardWriter
-from diskoffload.store.stored import EncodedTensor, ShardTensor
+from diskoffload.store.stored import ShardTensor
 from diskoffload.system.memory import tensor_bytes
 
 _log = logging.getLogger(__name__)

@@ -1,126 +1,150 @@
 """Lossless compression of a tensor's bytes, in chunks that can be decoded one by one.
 
-A codec is found by the name that a file gives it. Chunks keep memory bounded: coding and
-decoding work on one chunk at a time, into a buffer that is reused.
+A user names a way to compress ("zstd"); a file names the form of its bytes, which a codec
+reads. The names differ because forms change and files stay: ``"zstd"`` in a file is the form
+that earlier versions wrote, ``"zstd-planes"`` is the one that ``compression="zstd"`` writes
+now. What a file names and this version does not know, or knows in an older version only, is
+refused by its name. ``docs/format.md`` describes every form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Protocol
 
-import zstandard
+import torch
 
 from diskoffload.errors import DamagedFileError, InvalidInputError
 from diskoffload.store.json_reader import brief
-
-CHUNK_BYTES = 4 << 20
-_BLOCK_BYTES = 128 << 10
-_MOST_FRAMING_BYTES = 128
+from diskoffload.store.workspace import Workspace
+from diskoffload.store.zstd_frames import Zstd
+from diskoffload.store.zstd_planes import ZstdPlanes
 
 
 class Codec(Protocol):
-    """Packs bytes and unpacks them, chunk by chunk; stateless and thread-safe."""
+    """Reads one form of packed chunks; stateless and thread-safe."""
 
     @property
     def name(self) -> str:
-        """The word that stands for it in files."""
+        """The word that stands for the form in files."""
 
-    def pack(self, data: memoryview) -> Iterator[bytes]:
-        """Give the packed form of every chunk of ``data`` in order."""
+    @property
+    def compression(self) -> str:
+        """The user's word for it."""
 
-    def packed_range_bytes(self, nbytes: int) -> tuple[int, int]:
+    @property
+    def version(self) -> int:
+        """The newest version of the form that is read; it is the one that is written."""
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of the value in every chunk but the last, which has the rest."""
+
+    @property
+    def checks_chunks(self) -> bool:
+        """Whether each chunk has a checksum of all its bytes, which unpacking compares."""
+
+    def packed_range_bytes(self, nbytes: int, element_bytes: int) -> tuple[int, int]:
         """Give the least and the most bytes that a packed chunk of ``nbytes`` can have."""
 
-    def unpack_into(self, packed: bytes, target: memoryview, where: str) -> None:
-        """Decode one chunk that must fill ``target`` exactly; ``where`` is for messages."""
+    def unpack_chunk(
+        self,
+        packed: memoryview,
+        target: memoryview,
+        start: int,
+        element_bytes: int,
+        workspace: Workspace,
+        where: str,
+    ) -> None:
+        """Decode one chunk.
 
-
-@dataclass(frozen=True)
-class Zstd:
-    """zstandard at a level chosen for speed (https://github.com/facebook/zstd)."""
-
-    name: str = "zstd"
-    level: int = 1
-
-    def pack(self, data: memoryview) -> Iterator[bytes]:
-        """Give one zstd frame a chunk."""
-        compressor = zstandard.ZstdCompressor(level=self.level, write_checksum=True)
-        for start in range(0, len(data), CHUNK_BYTES):
-            yield compressor.compress(data[start : start + CHUNK_BYTES])
-
-    def packed_range_bytes(self, nbytes: int) -> tuple[int, int]:
-        """Bound a frame, as the format has it (RFC 8878, 3.1.1) and as we write it.
-
-        Every block of at most 128 KiB takes at least 4 bytes, which bounds what a file can
-        claim to hold. Bytes that do not shrink are stored with 3 more a block, which is
-        rounded up here to a 256th, as zstd's own ``ZSTD_compressBound`` does.
-        """
-        return 4 * -(-nbytes // _BLOCK_BYTES), nbytes + (nbytes >> 8) + _MOST_FRAMING_BYTES
-
-    def unpack_into(self, packed: bytes, target: memoryview, where: str) -> None:
-        """Decode one frame.
+        Args:
+            packed: the chunk's bytes, and no others.
+            target: where its part of the value goes; it must fill this exactly. What is in it
+                after an error means nothing.
+            start: where that part begins in the value, in bytes.
+            element_bytes: as :func:`element_bytes_of` has it.
+            workspace: of the calling thread.
+            where: file and tensor, for messages.
 
         Raises:
-            DamagedFileError: it is not a frame, or one of another size.
+            DamagedFileError: it is not what was written, or cannot be what is expected.
         """
-        try:
-            size = zstandard.frame_content_size(packed)
-            if size != len(target):
-                raise DamagedFileError(
-                    f"{where}: a compressed chunk says it holds {size} bytes and "
-                    f"{len(target)} are expected; the file is damaged, write it again"
-                )
-            target[:] = zstandard.ZstdDecompressor().decompress(
-                packed, len(target), allow_extra_data=False
-            )
-        except zstandard.ZstdError as error:
-            raise DamagedFileError(
-                f"{where}: a compressed chunk cannot be decoded ({error}); "
-                "the file is damaged, write it again"
-            ) from error
 
 
-def can_hold(codec: Codec, chunks_bytes: Sequence[int], nbytes: int) -> bool:
+class WritingCodec(Codec, Protocol):
+    """Writes its form as well."""
+
+    def pack_chunk(
+        self, data: memoryview, start: int, element_bytes: int, workspace: Workspace
+    ) -> bytes:
+        """Give the packed form of ``data``, which begins at byte ``start`` of the value."""
+
+
+def element_bytes_of(dtype: torch.dtype) -> int:
+    """Tell how long the numbers are that a value's bytes are split by: 1, 2, 4 or 8.
+
+    Of complex elements it is the length of a part: both are numbers of the same kind.
+    """
+    return dtype.itemsize // 2 if dtype.is_complex else dtype.itemsize
+
+
+def can_hold(codec: Codec, chunks_bytes: Sequence[int], nbytes: int, element_bytes: int) -> bool:
     """Tell whether packed chunks of these lengths can hold ``nbytes`` bytes.
 
     Asked before any memory is taken, for what a file says they hold or for themselves.
     """
-    whole, rest = divmod(nbytes, CHUNK_BYTES)
+    whole, rest = divmod(nbytes, codec.chunk_bytes)
     if len(chunks_bytes) != whole + (rest > 0):
         return False
     if rest:
-        least, most = codec.packed_range_bytes(rest)
+        least, most = codec.packed_range_bytes(rest, element_bytes)
         if not least <= chunks_bytes[-1] <= most:
             return False
-    least, most = codec.packed_range_bytes(CHUNK_BYTES)
+    least, most = codec.packed_range_bytes(codec.chunk_bytes, element_bytes)
     return all(least <= packed <= most for packed in chunks_bytes[:whole])
 
 
-_CODECS: dict[str, Codec] = {"zstd": Zstd()}
+_WRITTEN: dict[str, WritingCodec] = {"zstd": ZstdPlanes()}
+_READ: dict[str, Codec] = {codec.name: codec for codec in (Zstd(), ZstdPlanes())}
 
 
-def codec_named(name: str, *, where: str | None = None) -> Codec:
-    """Find a codec.
-
-    Args:
-        name: its name.
-        where: the file that names it, or ``None`` when the user does.
+def codec_named(compression: str) -> WritingCodec:
+    """Find what writes what a user calls ``compression``.
 
     Raises:
-        InvalidInputError: the user named one that does not exist.
-        DamagedFileError: a file did.
+        InvalidInputError: there is no such way to compress.
     """
     try:
-        return _CODECS[name]
-    except KeyError:
-        known = ", ".join(sorted(_CODECS))
-        if where is None:
-            raise InvalidInputError(
-                f"unknown compression {name!r}; use None or one of: {known}"
-            ) from None
+        return _WRITTEN[compression]
+    except (KeyError, TypeError):
+        known = ", ".join(sorted(_WRITTEN))
+        raise InvalidInputError(
+            f"unknown compression {compression!r}; use None or one of: {known}"
+        ) from None
+
+
+def codec_of_form(name: str, version: int, where: str) -> Codec:
+    """Find what reads the form that a file names.
+
+    Args:
+        name: the file's word for the form.
+        version: of the form.
+        where: file and tensor, for messages.
+
+    Raises:
+        DamagedFileError: this version of ours does not know it.
+    """
+    codec = _READ.get(name)
+    if codec is None:
+        known = ", ".join(sorted(_READ))
         raise DamagedFileError(
             f"{where} is compressed with the unknown codec {brief(name)} (known: {known}); "
             "a newer diskoffload may read it"
-        ) from None
+        )
+    if not 1 <= version <= codec.version:
+        raise DamagedFileError(
+            f"{where} is compressed with version {version} of the codec {name!r}, and up to "
+            f"version {codec.version} is known; a newer diskoffload may read it"
+        )
+    return codec

@@ -13,7 +13,7 @@ from diskoffload.store.folder import Folder, open_committed
 from diskoffload.store.header import StoredSpec
 from diskoffload.store.journal import Journal
 from diskoffload.store.shard import Shard
-from diskoffload.store.stored import RAW, stored_tensors
+from diskoffload.store.stored import stored_tensors
 from diskoffload.system.files import Files
 
 # A file is written anew once more of it is dead than alive: each byte is then copied at most
@@ -128,9 +128,8 @@ def _move(
         stored = stored_tensors(shards[file])
         for key, names in keys.items():
             tensor = stored[key].load()
-            codec = getattr(stored[key], "codec_name", RAW)
-            codec = None if codec == RAW else codec
-            tickets.append((folder.put(names[0], tensor, codec), names))
+            compression = getattr(stored[key], "compression", None)
+            tickets.append((folder.put(names[0], tensor, compression), names))
     folder.flush()
     entries: dict[str, Entry] = dict(last.entries)
     new: dict[str, Shard] = {}

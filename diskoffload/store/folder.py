@@ -152,7 +152,7 @@ class Folder:
         Args:
             name: the name it should have in a file.
             tensor: the value.
-            codec: name of the codec to try, or ``None``.
+            codec: the way of compression to try, or ``None``.
             stays_open: whether the folder lives until the value is written or cancelled, even if
                 nothing else refers to it.
 

@@ -346,13 +346,14 @@ class Shard:
         """When the file was changed last, as of when it was opened."""
         return self._identity[3]
 
-    def prefetch(self, spec: StoredSpec) -> None:
-        """Ask the kernel to read a tensor ahead of its use, unless it has been.
+    def prefetch(self, spec: StoredSpec, start: int = 0, stop: int | None = None) -> None:
+        """Ask the kernel to read a tensor, or some bytes of it, ahead of its use.
 
-        Raises as :meth:`read_into` does.
+        What was read already is not read again. Raises as :meth:`read_into` does.
         """
+        nbytes = (spec.nbytes if stop is None else stop) - start
         with self._opened() as fd:
-            self._files.fetch_into_cache(fd, spec.offset, spec.nbytes)
+            self._files.fetch_into_cache(fd, spec.offset + start, nbytes)
 
     def drop_behind(self, spec: StoredSpec) -> None:
         """Tell the kernel that a tensor's pages are of no more use; a hint, no promise."""

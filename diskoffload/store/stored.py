@@ -7,24 +7,21 @@ buffer, and, where the bytes in the file are the tensor's own, can be mapped.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from math import prod
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
 import torch
 
 from diskoffload.errors import DamagedFileError
-from diskoffload.store.codec import CHUNK_BYTES, can_hold, codec_named
-from diskoffload.store.digests import Checking, digests_of
-from diskoffload.store.header import StoredSpec, can_be_a_tensor
-from diskoffload.store.json_reader import JsonReader, brief
+from diskoffload.store.digests import Checking, check_header, digests_of
+from diskoffload.store.encoded import ENCODING_KEY, EncodedTensor, describes_encodings
+from diskoffload.store.header import StoredSpec
+from diskoffload.store.json_reader import JsonReader
 from diskoffload.store.recipe import Piece
 from diskoffload.store.shard import Shard
 from diskoffload.system.memory import empty, tensor_bytes
 
-ENCODING_KEY = "diskoffload.encoding"
-RAW = "raw"
-# Of the JSON that describes one packed tensor: enough for the chunks of 500 GB.
+# Of the JSON that describes one packed tensor: enough for the chunks of 130 GB.
 _MAX_ENCODING_BYTES = 1 << 20
 
 
@@ -53,6 +50,18 @@ class Stored(Protocol):
 
     def load(self) -> torch.Tensor:
         """Give the value in fresh memory of its own."""
+
+    def load_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Give the rows ``start`` to ``stop - 1`` in fresh memory of their own.
+
+        No more is read and decoded than must be. A checksum is of a whole tensor, or of a
+        packed chunk: rows of one whose bytes are its value are not compared with it.
+
+        Args:
+            start: the first; ``0 <= start <= stop``.
+            stop: the one after the last, at most the length of the first dimension, which
+                the value must have.
+        """
 
     def over(self, twins: Callable[[Shard], Shard]) -> Stored:
         """Give the same value read through other shard objects of the same files."""
@@ -93,84 +102,12 @@ class ShardTensor:
         check.finish()
         return tensor
 
-
-class EncodedTensor:
-    """One tensor of our own files whose bytes are packed, or of a type the format lacks."""
-
-    def __init__(
-        self,
-        shard: Shard,
-        spec: StoredSpec,
-        encoding: Mapping[str, Any],
-        digest: str | None = None,
-    ) -> None:
-        """Check what the file says of the tensor.
-
-        Raises:
-            DamagedFileError: it cannot be true.
-        """
-        self.shard = shard
-        self.spec = spec
-        self.digest = digest
-        where = f"{shard.path}, tensor {brief(spec.name)}"
-        try:
-            self.dtype = _dtype_named(encoding["dtype"])
-            self.shape = _sizes(encoding["shape"])
-            self.codec_name = str(encoding["codec"])
-            self.chunks = _sizes(encoding.get("chunks", [spec.nbytes]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DamagedFileError(f"{where}: its encoding cannot be read ({error!r})") from error
-        if not can_be_a_tensor(self.dtype, self.shape):
-            raise DamagedFileError(f"{where}: its encoding says the shape {brief(self.shape)}")
-        self.nbytes = prod(self.shape) * self.dtype.itemsize
-        if sum(self.chunks) != spec.nbytes:
-            raise DamagedFileError(f"{where}: its chunks do not add up to {spec.nbytes} bytes")
-        if self.codec_name == RAW:
-            possible = spec.nbytes == self.nbytes
-        else:
-            self._codec = codec_named(self.codec_name, where=where)
-            possible = can_hold(self._codec, self.chunks, self.nbytes)
-        if not possible:
-            raise DamagedFileError(f"{where}: its chunks cannot hold {self.nbytes} bytes")
-
-    @property
-    def shards(self) -> tuple[Shard, ...]:
-        """The one file."""
-        return (self.shard,)
-
-    def over(self, twins: Callable[[Shard], Shard]) -> EncodedTensor:
-        """Read the same range through another shard object."""
-        made = copy(self)
-        made.shard = twins(self.shard)
-        return made
-
-    def mapped(self) -> torch.Tensor | None:
-        """Alias the file where only the format's word for the dtype is lacking."""
+    def load_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Read only the bytes of these rows; they cannot be compared with the checksum."""
         self.shard.check_first_read(self.spec, self.digest)
-        if self.codec_name != RAW or self.spec.offset % self.dtype.itemsize:
-            return None
-        return self.shard.mapped_as(self.spec, self.dtype, self.shape)
-
-    def load(self) -> torch.Tensor:
-        """Decode into fresh memory, a chunk at a time."""
-        tensor = empty(self.dtype, self.shape)
-        target = tensor_bytes(tensor)
-        check = Checking(str(self.shard.path), self.spec.name, self.spec.offset, self.digest)
-        if self.codec_name == RAW:
-            self.shard.read_into(self.spec, target)
-            check.add(target)
-            check.finish()
-            return tensor
-        start = 0
-        for number, size in enumerate(self.chunks):
-            packed = bytearray(size)
-            self.shard.read_into(self.spec, memoryview(packed), start)
-            check.add(packed)
-            begin = number * CHUNK_BYTES
-            where = f"{self.shard.path}, tensor {brief(self.spec.name)}, chunk {number}"
-            self._codec.unpack_into(bytes(packed), target[begin : begin + CHUNK_BYTES], where)
-            start += size
-        check.finish()
+        tensor = empty(self.dtype, (stop - start, *self.shape[1:]))
+        row_bytes = prod(self.shape[1:]) * self.dtype.itemsize
+        self.shard.read_into(self.spec, tensor_bytes(tensor), start * row_bytes)
         return tensor
 
 
@@ -215,6 +152,10 @@ class AssembledTensor:
             target.copy_(part)
         return tensor
 
+    def load_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Assemble all of it, for any piece may have a part of any row; give these."""
+        return self.load()[start:stop].clone()
+
 
 class CastTensor:
     """A stored tensor read as another dtype."""
@@ -242,6 +183,10 @@ class CastTensor:
         source = self.inner.mapped()
         tensor = empty(self.dtype, self.shape)
         return tensor.copy_(self.inner.load() if source is None else source)
+
+    def load_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Convert these rows."""
+        return self.inner.load_rows(start, stop).to(self.dtype)
 
 
 class StridedTensor:
@@ -272,6 +217,10 @@ class StridedTensor:
         tensor = torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
         return tensor.copy_(self.inner.load() if source is None else source)
 
+    def load_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Give these rows, laid out row by row, as the file has them."""
+        return self.inner.load_rows(start, stop)
+
     def without_gaps(self) -> Stored:
         """Lay out the same value with its elements side by side, as ``Tensor.clone`` does."""
         gapped = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
@@ -279,44 +228,16 @@ class StridedTensor:
         return self.inner if dense.is_contiguous() else StridedTensor(self.inner, dense.stride())
 
 
-def _dtype_named(name: Any) -> torch.dtype:
-    # Not getattr, which has torch import whatever module is named.
-    dtype = vars(torch).get(name)
-    # A quantized tensor is more than its bytes.
-    if not isinstance(dtype, torch.dtype) or name.startswith(("qint", "quint")):
-        raise ValueError(f"unknown dtype {brief(name)}")
-    return dtype
-
-
-def _sizes(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, list):
-        raise ValueError(f"{brief(values)} is no list")
-    for value in values:
-        if type(value) is not int or not 0 <= value < 1 << 63:  # a bool is an int
-            raise ValueError(f"{brief(value)} is no size")
-    return tuple(values)
-
-
-def encoding_of(
-    dtype: torch.dtype, shape: tuple[int, ...], codec: str, chunks: Sequence[int] | None = None
-) -> dict[str, Any]:
-    """Describe a tensor that is not stored as itself, for its file's metadata."""
-    described: dict[str, Any] = {
-        "codec": codec,
-        "dtype": str(dtype).removeprefix("torch."),
-        "shape": list(shape),
-    }
-    if chunks is not None:
-        described["chunks"] = list(chunks)
-    return described
-
-
 def stored_tensors(shard: Shard) -> dict[str, ShardTensor | EncodedTensor]:
     """List what a file holds, packed tensors as what they stand for.
 
     Raises:
-        DamagedFileError: the file's description of its packed tensors cannot be true.
+        DamagedFileError: the file's description of its packed tensors cannot be true, or is
+            not the one that was written.
     """
+    if describes_encodings(shard.header):
+        # Read as something else, damaged words for packed bytes would be silent.
+        check_header(shard.header, str(shard.path))
     digests = digests_of(shard.header, str(shard.path))
     packed = _encoded_tensors(shard, digests)
     return {

@@ -21,23 +21,16 @@ import torch
 import xxhash
 
 from diskoffload.errors import UnsupportedTensorError
-from diskoffload.store.codec import codec_named
+from diskoffload.store.codec import codec_named, element_bytes_of
+from diskoffload.store.encoded import ENCODING_KEY, encoding_of
 from diskoffload.store.header import DTYPE_NAMES, FILLER_PREFIX, METADATA_KEY, Planned
+from diskoffload.store.packing import pack
 from diskoffload.store.shard import Shard
 from diskoffload.store.shard_writer import ShardWriter
-from diskoffload.store.stored import (
-    ENCODING_KEY,
-    RAW,
-    Stored,
-    StridedTensor,
-    encoding_of,
-    stored_tensors,
-)
+from diskoffload.store.stored import Stored, StridedTensor, stored_tensors
 from diskoffload.system.files import Files
 from diskoffload.system.memory import elements_overlap, tensor_bytes
 
-# Compression that saves less than a tenth costs more than it gives, and hinders mapping.
-_WORTH_PACKING = 0.9
 _GROUPS_ON_THEIR_WAY = 1
 # Tensors larger than a group count as what they are: then one waits for the other.
 _GROUPS_IN_MEMORY = 2
@@ -68,7 +61,7 @@ class Ticket:
         tensor: the value; released when it is written. The writer reads it later, so a
             change made to it meanwhile may or may not be in what is stored: compare
             ``digest`` with the tensor's own before trusting ``stored``.
-        codec: name of the codec to try, or ``None``.
+        codec: the way of compression to try, or ``None``.
         stored: the value on disk, once it is there.
         digest: of exactly the bytes that were stored.
         cancelled: whether its owner no longer wants the value stored.
@@ -303,8 +296,9 @@ class _Item:
 
     def write(self, writer: ShardWriter, key: str) -> None:
         if self.plain is None:
-            for chunk in self.packed:
+            for number, chunk in enumerate(self.packed):
                 writer.write_part(key, memoryview(chunk))
+                self.packed[number] = b""  # it is in the file
         else:
             writer.write(key, tensor_bytes(self.plain))
 
@@ -318,16 +312,13 @@ def _prepare(ticket: Ticket) -> _Item:
     plain = _plain(tensor)
     dtype, shape = plain.dtype, tuple(plain.shape)
     if ticket.codec is not None and ticket.nbytes:
-        copy = bytes(tensor_bytes(plain))
         codec = codec_named(ticket.codec)
-        packed = list(codec.pack(memoryview(copy)))
-        size = sum(map(len, packed))
-        if size < ticket.nbytes * _WORTH_PACKING:
-            chunks = [len(chunk) for chunk in packed]
-            encoding = encoding_of(dtype, shape, codec.name, chunks)
-            digest = xxhash.xxh3_128_digest(copy)
-            return _Item(None, packed, torch.uint8, (size,), strides, encoding, digest)
+        packed = pack(tensor_bytes(plain), element_bytes_of(dtype), codec)
+        if packed is not None:
+            encoding = encoding_of(dtype, shape, codec, [*map(len, packed.chunks)])
+            place = (packed.nbytes,)
+            return _Item(None, packed.chunks, torch.uint8, place, strides, encoding, packed.digest)
     if dtype in DTYPE_NAMES:
         return _Item(plain, [], dtype, shape, strides, None)
-    encoding = encoding_of(dtype, shape, RAW)
+    encoding = encoding_of(dtype, shape)
     return _Item(plain, [], torch.uint8, (ticket.nbytes,), strides, encoding)

@@ -13,6 +13,7 @@ from typing import Any
 
 import safetensors
 import torch
+import zstandard
 
 import diskoffload
 from diskoffload.store.header import DTYPE_NAMES, Header, header_length, parse_header
@@ -68,6 +69,16 @@ def same(first: torch.Tensor, second: torch.Tensor) -> bool:
     alike = first.dtype == second.dtype and first.shape == second.shape
     plain = [one.detach().resolve_conj().resolve_neg().contiguous() for one in (first, second)]
     return alike and bytes(tensor_bytes(plain[0])) == bytes(tensor_bytes(plain[1]))
+
+
+FRAME_CHUNK_BYTES = 4 << 20
+
+
+def frames_of(data: bytes | memoryview) -> list[bytes]:
+    """Pack bytes as the codec "zstd" of earlier versions did; nothing writes that any more."""
+    compressor = zstandard.ZstdCompressor(level=1, write_checksum=True)
+    starts = range(0, len(data), FRAME_CHUNK_BYTES)
+    return [compressor.compress(data[start : start + FRAME_CHUNK_BYTES]) for start in starts]
 
 
 def mappings_of(path: Path) -> int:

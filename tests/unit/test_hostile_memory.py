@@ -12,7 +12,8 @@ from shard_files import entry, file_bytes, in_child, open_shard, parse
 
 from diskoffload.checkpoint.source import Checkpoint
 from diskoffload.errors import DamagedFileError, OffloadError
-from diskoffload.store.stored import ENCODING_KEY, stored_tensors
+from diskoffload.store.encoded import ENCODING_KEY
+from diskoffload.store.stored import stored_tensors
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

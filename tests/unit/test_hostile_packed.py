@@ -13,11 +13,12 @@ import pytest
 import zstandard
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from shard_files import FRAME_CHUNK_BYTES as CHUNK_BYTES
 from shard_files import entry, file_bytes, in_child, open_shard
 
 from diskoffload.errors import DamagedFileError
-from diskoffload.store.codec import CHUNK_BYTES
-from diskoffload.store.stored import ENCODING_KEY, stored_tensors
+from diskoffload.store.encoded import ENCODING_KEY
+from diskoffload.store.stored import stored_tensors
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -10,29 +10,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from shard_files import entry, file_bytes, mappings_of, noise, open_shard, same
+from shard_files import entry, file_bytes, frames_of, mappings_of, noise, open_shard, same
 
 from diskoffload.errors import DamagedFileError
-from diskoffload.store.codec import CHUNK_BYTES, codec_named
+from diskoffload.store.codec import codec_named, element_bytes_of
+from diskoffload.store.encoded import ENCODING_KEY, RAW, EncodedTensor, encoding_of
+from diskoffload.store.packing import pack
 from diskoffload.store.recipe import Piece
 from diskoffload.store.shard import Shard
 from diskoffload.store.shard_writer import ShardWriter
 from diskoffload.store.stored import (
-    ENCODING_KEY,
-    RAW,
     AssembledTensor,
     CastTensor,
-    EncodedTensor,
     ShardTensor,
     Stored,
     StridedTensor,
-    encoding_of,
     stored_tensors,
 )
 from diskoffload.system.files import Files
 from diskoffload.system.memory import tensor_bytes
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
+
+PLANES = codec_named("zstd")
+FORMS = ["zstd", PLANES.name]
+CHUNK_BYTES = 4 << 20
 
 
 def stored(folder: Path, **tensors: torch.Tensor) -> dict[str, ShardTensor]:
@@ -44,14 +46,20 @@ def stored(folder: Path, **tensors: torch.Tensor) -> dict[str, ShardTensor]:
 def packed_shard(path: Path, tensor: torch.Tensor, codec: str, damage: bool = False) -> Shard:
     """Write one tensor the way an offload folder keeps a packed one."""
     data = tensor_bytes(tensor)
-    chunks = [bytes(data)] if codec == RAW else list(codec_named(codec).pack(data))
-    sizes = None if codec == RAW else [len(chunk) for chunk in chunks]
-    said = {"x": encoding_of(tensor.dtype, tuple(tensor.shape), codec, sizes)}
+    said: dict[str, object] = encoding_of(tensor.dtype, tuple(tensor.shape))
+    chunks = [bytes(data)]
+    if codec == "zstd":
+        chunks = frames_of(data)
+        said |= {"codec": codec, "chunks": [*map(len, chunks)]}
+    elif codec == PLANES.name:
+        packed_value = pack(data, element_bytes_of(tensor.dtype), PLANES) if len(data) else None
+        chunks = packed_value.chunks if packed_value else []
+        said = encoding_of(tensor.dtype, tuple(tensor.shape), PLANES, [*map(len, chunks)])
     packed = b"".join(chunks)
     if damage:
         packed = packed[:-9] + bytes([packed[-9] ^ 1]) + packed[-8:]
     plan = [("x", torch.uint8, (len(packed),))]
-    with ShardWriter(path, plan, Files(), {ENCODING_KEY: json.dumps(said)}) as writer:
+    with ShardWriter(path, plan, Files(), {ENCODING_KEY: json.dumps({"x": said})}) as writer:
         writer.write("x", memoryview(packed))
         writer.publish(durable=False)
     return open_shard(path)
@@ -118,20 +126,27 @@ def test_a_dtype_that_the_format_lacks_is_mapped_as_it_is(tmp_path: Path, name: 
     assert same(tensor.load(), value)
 
 
-@pytest.mark.parametrize("count", [0, 1, CHUNK_BYTES // 2, CHUNK_BYTES // 2 * 2 + 5])
-def test_a_packed_tensor_is_decoded_chunk_by_chunk(tmp_path: Path, count: int) -> None:
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("count", [0, 100, CHUNK_BYTES // 2, CHUNK_BYTES // 2 * 2 + 5])
+def test_a_packed_tensor_is_decoded_chunk_by_chunk(tmp_path: Path, count: int, form: str) -> None:
     value = torch.arange(count, dtype=torch.int16).reshape(1, count)
-    tensor = stored_tensors(packed_shard(tmp_path / "s", value, "zstd"))["x"]
+    tensor = stored_tensors(packed_shard(tmp_path / "s", value, form))["x"]
     assert isinstance(tensor, EncodedTensor)
-    assert len(tensor.chunks) == -(-value.nbytes // CHUNK_BYTES)
+    chunk_bytes = CHUNK_BYTES if form == "zstd" else PLANES.chunk_bytes
+    assert tensor.chunk_count == len(tensor.chunks) == -(-value.nbytes // chunk_bytes)
+    assert (tensor.codec_name, tensor.compression) == (form, "zstd")
     assert tensor.mapped() is None
     assert same(tensor.load(), value)
 
 
-def test_a_flipped_bit_in_a_packed_tensor_names_file_tensor_and_chunk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_a_flipped_bit_in_a_packed_tensor_names_file_tensor_and_chunk(
+    tmp_path: Path, form: str
+) -> None:
     value = torch.arange(CHUNK_BYTES // 4 + 100, dtype=torch.int32)
-    tensor = stored_tensors(packed_shard(tmp_path / "s", value, "zstd", damage=True))["x"]
-    with pytest.raises(DamagedFileError, match=r"s, tensor 'x', chunk 1: a compressed chunk"):
+    tensor = stored_tensors(packed_shard(tmp_path / "s", value, form, damage=True))["x"]
+    last = 1 if form == "zstd" else 4
+    with pytest.raises(DamagedFileError, match=rf"s, tensor 'x', chunk {last}: a compressed chunk"):
         tensor.load()
 
 
