@@ -57,7 +57,8 @@ class DiskCache(OffloadCache, kind="disk"):
             offload_device: ``"disk"`` or ``None``.
             offload_dir: a folder on a disk, made if need be; several caches may name the
                 same. ``None`` takes a fresh temporary one that goes with its owner.
-            compression: ``None`` or ``"zstd"``: written losslessly compressed.
+            compression: ``None`` or ``"zstd"``: written losslessly compressed, where that
+                saves at least a tenth.
             name: full name of the module in the model.
             residency: keeps the books of what is in memory.
 
@@ -84,6 +85,46 @@ class DiskCache(OffloadCache, kind="disk"):
         if offloaded is None:
             return None
         return self.residency.onload(self._entry(offloaded), self.onload_device)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Give some rows of an entry as a new tensor on the onload device.
+
+        Where the value waits on disk, only the bytes of these rows are read, and of a
+        compressed one only the chunks that have some of them (1 MiB of the value each) are
+        decoded; nothing else comes into memory or stays there. Chunks are compared with their
+        checksums. What is not compressed has one for the whole tensor, which some of its rows
+        cannot be compared with: ``verify`` does, or ``verify="first_read"``.
+
+        Edits made so far are in it; an edit of it is no edit of the entry. Thread-safe.
+
+        Args:
+            name: the entry.
+            start: the first row, counted from 0 along the first dimension.
+            stop: the row after the last; at least ``start``, at most the dimension's length.
+
+        Raises:
+            KeyError: there is no such entry.
+            InvalidInputError: there are no such rows.
+            DamagedFileError: a chunk is not what was written.
+            StorageError: the file cannot be read.
+        """
+        held = self._held[name]
+        shape = () if held is None else tuple(held.offloaded.shape)
+        if not shape or not 0 <= start <= stop <= shape[0]:
+            raise InvalidInputError(
+                f"cannot read rows {start} to {stop} of {self._full_name(name)!r}: "
+                + (f"it has the shape {shape}" if held is not None else "it is None")
+            )
+        assert held is not None  # it has a shape
+        with self.residency.lock:
+            backing = held.backing
+            waits = held.state is State.VACANT and isinstance(backing, DiskBacking)
+            stored = backing.stored if waits and isinstance(backing, DiskBacking) else None
+        if stored is not None:
+            return stored.load_rows(start, stop).to(self.onload_device)
+        value = self.residency.onload(held, self.onload_device)
+        with torch.no_grad():
+            return value[start:stop].detach().clone()
 
     def offload(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         """Write a tensor out and give the meta tensor that stands for it.
