@@ -287,7 +287,7 @@ def test_compacting_a_folder_at_rest(
 ) -> None:
     net: Any = diskoffload.reopen(committed, model=bare_again())
     kept = net.norm.weight.data  # keeps the file from being compacted while the model is there
-    for part in (net.up, net.down, net.embed):
+    for part in (net.up, net.down, net.embed, net.head):
         part.weight = torch.nn.Parameter(torch.ones(2, 2))
     diskoffload.commit(net)
     expected = values(net)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 import resource
+import struct
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import xxhash
 import zstandard
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -23,6 +26,7 @@ from diskoffload.store.stored import stored_tensors
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
+MIB = 1 << 20
 numbers = st.integers(-2, 10) | st.sampled_from([2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64])
 scalars = st.none() | st.booleans() | numbers | st.floats() | st.text(max_size=3)
 anything = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3), max_leaves=5)
@@ -72,6 +76,16 @@ DECEITS = {
     "too few chunks": described(codec="zstd", shape=[1 << 40], chunks=[4]),
     "chunks of no bytes": described(codec="zstd", shape=[3 * CHUNK_BYTES], chunks=[0] * 11 + [4]),
     "a whole chunk from 4 bytes": described(codec="zstd", shape=[CHUNK_BYTES // 4], chunks=[4]),
+    "a version that is none": described(codec="zstd-planes", version="1", chunks=[4]),
+    "version 0": described(codec="zstd-planes", version=0, chunks=[4]),
+    "a version of a bool": described(codec="zstd-planes", version=True, chunks=[4]),
+    "a newer version": described(codec="zstd-planes", version=2, chunks=[4]),
+    "a newer version of raw": described(version=2),
+    "planes in less than a head": described(codec="zstd-planes", chunks=[4]),
+    "a whole chunk of planes from 4 bytes": described(
+        codec="zstd-planes", shape=[MIB // 4], chunks=[4]
+    ),
+    "too few chunks of planes": described(codec="zstd-planes", shape=[1 << 40], chunks=[4]),
     "chunks are a text": described(codec="raw", chunks=""),
     "sizes are a table": described(shape={}),
     "65 dimensions": described(shape=[1] * 65),
@@ -121,9 +135,12 @@ def test_a_dtype_that_is_a_module_is_not_imported(tmp_path: Path) -> None:
     assert in_child(work) == []
 
 
-def compressed(claimed_bytes: int, chunks: list[bytes]) -> bytes:
-    """Put a file together whose tensor of bytes is said to be in these chunks."""
-    text = described(codec="zstd", dtype="uint8", shape=[claimed_bytes], chunks=[*map(len, chunks)])
+def compressed(
+    claimed_bytes: int, chunks: list[bytes], codec: str = "zstd", dtype: str = "uint8"
+) -> bytes:
+    """Put a file together whose tensor is said to be in these chunks."""
+    shape = [claimed_bytes // getattr(torch, dtype).itemsize]
+    text = described(codec=codec, dtype=dtype, shape=shape, chunks=[*map(len, chunks)])
     data = b"".join(chunks)
     header = {
         "__metadata__": {ENCODING_KEY: text},
@@ -163,8 +180,12 @@ CHUNKS: dict[str, tuple[int, list[bytes]]] = {
 
 @pytest.mark.parametrize("lie", CHUNKS)
 def test_a_chunk_that_lies_is_refused_with_little_memory(tmp_path: Path, lie: str) -> None:
+    check_refused(tmp_path, compressed(*CHUNKS[lie]), 2 * CHUNK_BYTES)
+
+
+def check_refused(tmp_path: Path, content: bytes, most_bytes: int) -> None:
     path = tmp_path / "packed.safetensors"
-    path.write_bytes(compressed(*CHUNKS[lie]))
+    path.write_bytes(content)
 
     def work() -> list[object]:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -177,7 +198,126 @@ def test_a_chunk_that_lies_is_refused_with_little_memory(tmp_path: Path, lie: st
     assert isinstance(found, list), found
     assert str(path) in found[1]
     assert "tensor 'a'" in found[1]
-    assert found[0] < 2 * CHUNK_BYTES + (8 << 20)
+    assert found[0] < most_bytes + (8 << 20)
+
+
+RAW, PACKED, CONSTANT = 0, 1, 2
+Plane = tuple[int, int, bytes] | tuple[int, int, bytes, int] | tuple[int, int, bytes, int, int]
+
+
+def chunk_of(
+    *planes: Plane, start: int = 0, nbytes: int = 2000, size: int = 2, zeros: bytes = bytes(3)
+) -> bytes:
+    """Put a chunk together, with its right checksum.
+
+    A plane is its kind, its constant, its bytes, and perhaps another length and a reserved number.
+    """
+    head = struct.pack("<QIB3s", start, nbytes, size, zeros)
+    for kind, constant, content, *rest in planes:
+        length, reserved = [*rest, 0, 0][:2] if rest else (len(content), 0)
+        head += struct.pack("<BBHI", kind, constant, reserved, length)
+    rest_bytes = head + b"".join(plane[2] for plane in planes)
+    return xxhash.xxh3_64_intdigest(rest_bytes).to_bytes(8, "little") + rest_bytes
+
+
+NOISE, ZERO = (RAW, 0, bytes(range(250)) * 4), (CONSTANT, 0, b"")
+HONEST = frame(bytes(1000))
+PLANES: dict[str, list[bytes]] = {
+    "less planes than an element has bytes": [chunk_of(NOISE, size=1)],
+    "more planes than an element has bytes": [chunk_of(ZERO, ZERO, ZERO, ZERO, size=4)],
+    "no plane": [chunk_of(size=0) + bytes(100)],
+    "255 planes": [chunk_of(ZERO, ZERO, size=255)],
+    "a head of others": [chunk_of(ZERO, ZERO, zeros=b"\0\1\0")],
+    "a chunk of another size": [chunk_of(ZERO, ZERO, nbytes=1998)],
+    "a chunk of no size": [chunk_of(ZERO, ZERO, nbytes=0)],
+    "a chunk of 4 GiB": [chunk_of(ZERO, ZERO, nbytes=(1 << 32) - 2)],
+    "a chunk from elsewhere": [chunk_of(ZERO, ZERO, start=MIB)],
+    "a kind that there is not": [chunk_of((3, 0, b""), ZERO)],
+    "a kind of 255": [chunk_of(ZERO, (255, 0, b""))],
+    "a raw plane that is short": [chunk_of(ZERO, (RAW, 0, bytes(999)))],
+    "a raw plane that is long": [chunk_of(ZERO, (RAW, 0, bytes(1001)))],
+    "a raw plane that is not there": [chunk_of(ZERO, (RAW, 0, b"", 1000))],
+    "a raw plane with a constant": [chunk_of(ZERO, (RAW, 7, bytes(1000)))],
+    "a constant of several bytes": [chunk_of(ZERO, (CONSTANT, 0, b"ab"))],
+    "a packed plane with a constant": [chunk_of(ZERO, (PACKED, 1, HONEST))],
+    "a packed plane of nothing": [chunk_of(ZERO, (PACKED, 0, b""))],
+    "a packed plane that did not shrink": [
+        chunk_of(ZERO, (PACKED, 0, RAW_BLOCKS + b"\x41\x1f\0" + bytes(1000)))
+    ],
+    "a reserved number": [chunk_of(ZERO, (CONSTANT, 0, b"", 0, 1))],
+    "a plane beyond the chunk": [chunk_of(ZERO, (PACKED, 0, HONEST, len(HONEST) + 1))],
+    "planes that share bytes": [chunk_of((PACKED, 0, HONEST), (PACKED, 0, b"", len(HONEST)))],
+    "bytes that no plane has": [chunk_of(ZERO, (PACKED, 0, HONEST, len(HONEST) - 1))],
+    "something behind the planes": [chunk_of(ZERO, ZERO) + b"1"],
+    "a plane that holds more": [chunk_of(ZERO, (PACKED, 0, frame(bytes(1001))))],
+    "a plane that holds less": [chunk_of(ZERO, (PACKED, 0, frame(bytes(999))))],
+    "a plane that says no size": [chunk_of(ZERO, (PACKED, 0, frame(bytes(1000), says_size=False)))],
+    "a plane that says a size and holds less": [
+        chunk_of(ZERO, (PACKED, 0, RAW_BLOCKS + b"\x21\0\0" + b"1234"))
+    ],
+    "a plane that says a size and holds more": [
+        chunk_of(ZERO, (PACKED, 0, RAW_BLOCKS + b"\x4b\x1f\0" + b"1"))
+    ],
+    "a plane that is a bomb": [chunk_of(ZERO, (PACKED, 0, frame(bytes(2 << 20))))],
+    "a plane that is a bomb and says no size": [
+        chunk_of(ZERO, (PACKED, 0, frame(bytes(2 << 20), says_size=False)))
+    ],
+    "a plane with something behind its frame": [chunk_of(ZERO, (PACKED, 0, HONEST + b"1234"))],
+    "a plane of two frames": [chunk_of(ZERO, (PACKED, 0, frame(bytes(500)) * 2))],
+    "a plane whose second frame is empty": [chunk_of(ZERO, (PACKED, 0, HONEST + frame(b"")))],
+    "a plane whose first frame is skipped": [chunk_of(ZERO, (PACKED, 0, SKIPPED + HONEST))],
+    "a plane that is cut off": [chunk_of(ZERO, (PACKED, 0, frame(b"ab" * 500)[:-3]))],
+    "a plane that is no frame": [chunk_of(ZERO, (PACKED, 0, b"1" * 900))],
+    "a plane with a window of gigabytes": [
+        chunk_of(ZERO, (PACKED, 0, b"\x28\xb5\x2f\xfd\x80\xa8" + (1000).to_bytes(4, "little")))
+    ],
+    "a plane that wants a dictionary": [
+        chunk_of(ZERO, (PACKED, 0, b"\x28\xb5\x2f\xfd\x61\x07" + RAW_BLOCKS[5:] + b"\x43\x1f\0\0"))
+    ],
+    "a checksum that is not right": [bytes(8) + chunk_of(ZERO, ZERO)[8:]],
+    "a head alone": [chunk_of(ZERO, ZERO)[:24] + bytes(16)],
+}
+
+
+@pytest.mark.parametrize("lie", PLANES)
+def test_a_chunk_of_planes_that_lies_is_refused_with_little_memory(
+    tmp_path: Path, lie: str
+) -> None:
+    check_refused(tmp_path, compressed(2000, PLANES[lie], "zstd-planes", "int16"), 2 * MIB)
+
+
+def test_honest_chunks_of_planes_are_read(tmp_path: Path) -> None:
+    """Whose checks the lies above must not be stopped by."""
+    path = tmp_path / "packed.safetensors"
+    for planes in (
+        ((CONSTANT, 7, b""), (PACKED, 0, HONEST)),
+        (NOISE, (PACKED, 0, RAW_BLOCKS + b"\x43\x1f\0" + b"1")),
+    ):
+        content = compressed(2000, [chunk_of(*planes)], "zstd-planes", "int16")
+        path.write_bytes(content)
+        value = stored_tensors(open_shard(path))["a"].load()
+        low = torch.full((1000,), 7) if planes[0][0] == CONSTANT else torch.arange(250).repeat(4)
+        high = 0 if planes[1][2] == HONEST else ord("1")
+        assert value.tolist() == (low + 256 * high).tolist()
+
+
+def test_chunks_of_planes_in_the_wrong_order_are_refused(tmp_path: Path) -> None:
+    whole = [chunk_of(ZERO, ZERO, start=number * MIB, nbytes=MIB) for number in range(2)]
+    path = tmp_path / "packed.safetensors"
+    path.write_bytes(compressed(2 * MIB, whole, "zstd-planes", "int16"))
+    assert not stored_tensors(open_shard(path))["a"].load().any()
+    check_refused(tmp_path, compressed(2 * MIB, whole[::-1], "zstd-planes", "int16"), 4 * MIB)
+
+
+def test_a_file_of_planes_cannot_claim_more_than_its_bytes_can_hold(tmp_path: Path) -> None:
+    """32 GB of zeros cannot be in a file of 1.3 MB, which is known before any of it is read."""
+    path = tmp_path / "packed.safetensors"
+    nbytes = 1 << 35
+    for length in (0, 1, 39):
+        content = compressed(nbytes, [bytes(length)] * (nbytes // MIB), "zstd-planes", "int16")
+        path.write_bytes(content)
+        with pytest.raises(DamagedFileError, match=f"its chunks cannot hold {nbytes} bytes"):
+            stored_tensors(open_shard(path))
 
 
 def test_an_honest_chunk_is_read(tmp_path: Path) -> None:
@@ -200,7 +340,7 @@ def test_a_file_cannot_claim_more_than_its_bytes_can_hold(tmp_path: Path) -> Non
 
 encoding = st.fixed_dictionaries(
     {
-        "codec": st.sampled_from(["raw", "zstd"]) | anything,
+        "codec": st.sampled_from(["raw", "zstd", "zstd-planes"]) | anything,
         "dtype": st.sampled_from(["complex32", "float4_e2m1fn_x2", "bits8", "quint4x2"]) | anything,
         "shape": st.lists(numbers, max_size=3) | anything,
     },
