@@ -23,6 +23,7 @@ from diskoffload.system.files import memory_file_system
 from . import (
     access,
     chart,
+    compression,
     growth,
     larger_than_memory,
     machine,
@@ -37,7 +38,10 @@ from .rounds import run_rounds
 
 FIGURES: dict[str, Figure] = {
     module.FIGURE.name: module.FIGURE
-    for module in (access, opening, writing, quantizing, sweep, larger_than_memory, growth)
+    for module in (
+        *(access, opening, writing, quantizing, sweep, larger_than_memory, growth),
+        compression,
+    )
 }
 _FAILED, _WRONG, _INTERRUPTED = 1, 2, 130
 

@@ -53,6 +53,13 @@ _ALL = (
     Target("pass-accelerate", _LARGER, "a pass, times faster than accelerate", ">=", 4.0),
     Target("pass-bytes", _LARGER, "bytes read a pass, of what was not kept", "<=", 1.05),
     Target("pass-equal", _LARGER, "share of passes with equal outputs", ">=", 1.0, "share"),
+    Target("left-bf16", "compression", "share of its size that is left", "<=", 0.68, "share"),
+    Target("left-fp16", "compression", "share of its size that is left", "<=", 0.84, "share"),
+    Target("left-fp32", "compression", "share of its size that is left", "<=", 0.84, "share"),
+    Target("left-bf16-in-fp32", "compression", "share that is left", "<=", 0.34, "share"),
+    Target("unpack-plain", "compression", "decompression, of zstd level 1's speed", ">=", 1.6),
+    Target("unpack-zipnn", "compression", "decompression, of zipnn's speed", ">=", 1.6),
+    Target("pack-plain", "compression", "compression, of zstd level 1's speed", ">=", 1.3),
 )
 
 TARGETS = {target.key: target for target in _ALL}
