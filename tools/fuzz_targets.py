@@ -259,7 +259,7 @@ class PackedTarget:
                 sizes = [*map(len, chunks)]
                 made.append(({"codec": "zstd", **said, "chunks": sizes}, b"".join(chunks)))
             chunks = [
-                planes.pack_chunk(part, number * planes.chunk_bytes, 4, Workspace())
+                b"".join(planes.pack_chunk(part, number * planes.chunk_bytes, 4, Workspace()))
                 for number, part in enumerate(_parts(value, planes.chunk_bytes))
             ]
             encoding = encoding_of(torch.float32, (nbytes // 4,), planes, [*map(len, chunks)])

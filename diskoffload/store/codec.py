@@ -77,8 +77,12 @@ class WritingCodec(Codec, Protocol):
 
     def pack_chunk(
         self, data: memoryview, start: int, element_bytes: int, workspace: Workspace
-    ) -> bytes:
-        """Give the packed form of ``data``, which begins at byte ``start`` of the value."""
+    ) -> list[memoryview]:
+        """Give the packed form of ``data``, which begins at byte ``start`` of the value.
+
+        It is in parts, which are to be put one after the other. They lie in the workspace:
+        its next use ends them.
+        """
 
 
 def element_bytes_of(dtype: torch.dtype) -> int:

@@ -51,19 +51,26 @@ def needs_digest(name: str) -> bool:
     return not name.startswith(FILLER_PREFIX)
 
 
-def digests_of(header: Header, file: str) -> dict[str, str]:
+def digests_of(header: Header, file: str, *, must_match: bool = False) -> dict[str, str]:
     """Read the digests of a file's tensors, in hexadecimal; empty for files of others.
 
     A file whose header is not the one that the digests were written with counts as another's,
-    and a warning says so: most likely it was rewritten by a tool that kept the metadata. See
-    :func:`check_header`.
+    and a warning says so: most likely it was rewritten by a tool that kept the metadata.
+
+    Args:
+        header: of the file.
+        file: its name, for messages.
+        must_match: refuse a header that is not the one that was written, as
+            :func:`check_header` does.
 
     Raises:
         DamagedFileError: they are not what we write.
     """
     found = _digests_in(header, file)
     expected = found.pop(METADATA_KEY, None)
-    if expected is not None and expected != _digest_of_header(header):
+    if must_match:
+        _compare_header(header, file, expected)
+    elif expected is not None and expected != _digest_of_header(header):
         _log.warning("%s; its tensors are not compared with them", _foreign_header(file))
         return {}
     absent = next((name for name in found if name not in header.specs), None)
@@ -81,13 +88,16 @@ def check_header(header: Header, file: str) -> None:
     Raises:
         DamagedFileError: it is not the one that was written.
     """
-    text = header.metadata.get(DIGESTS_KEY)
-    if text is None and any(one.startswith(_BEGINNING) for one in header.metadata.values()):
+    _compare_header(header, file, _digests_in(header, file).get(METADATA_KEY))
+
+
+def _compare_header(header: Header, file: str, expected: str | None) -> None:
+    is_absent = DIGESTS_KEY not in header.metadata
+    if is_absent and any(one.startswith(_BEGINNING) for one in header.metadata.values()):
         raise DamagedFileError(
             f"{file}: its checksums are not under their name, {DIGESTS_KEY!r}: the file is "
             "damaged; restore it from a copy"
         )
-    expected = _digests_in(header, file).get(METADATA_KEY)
     if expected is not None and expected != _digest_of_header(header):
         raise DamagedFileError(
             f"{_foreign_header(file)}: the file is damaged, or another tool wrote it anew and kept "

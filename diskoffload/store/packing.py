@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 import xxhash
 
 from diskoffload.store.codec import WritingCodec
 from diskoffload.store.parallel import share
 from diskoffload.store.workspace import Workspace
+from diskoffload.system.memory import empty, tensor_bytes
 
 # Compression that saves less than a tenth costs more than it gives, and hinders mapping.
 _WORTH_PACKING = 0.9
@@ -22,9 +25,12 @@ _SAMPLED_FROM_BYTES = 4 * _SAMPLES * _SAMPLE_BYTES
 
 @dataclass
 class Packed:
-    """A value's packed chunks, and xxh3-128 of exactly the bytes that are in them."""
+    """A value's packed chunks, and xxh3-128 of exactly the bytes that are in them.
 
-    chunks: list[bytes]
+    The chunks are read-only and share one memory, which goes with the last of them.
+    """
+
+    chunks: list[memoryview]
     digest: bytes
 
     @property
@@ -39,31 +45,64 @@ def pack(data: memoryview, element_bytes: int, codec: WritingCodec) -> Packed | 
     A few samples tell that of most values before anything else is done. Beside the packed
     bytes it takes some MiB for each thread. ``data`` may change meanwhile: what is packed is
     what the digest is of.
+
+    Raises:
+        StorageError: the system has no memory for it.
     """
     if not _seems_to_pay(data, element_bytes, codec):
         return None
     count = -(-len(data) // codec.chunk_bytes)
-    chunks = [b""] * count
+    chunks = [memoryview(b"")] * count
     digest = xxhash.xxh3_128()
+    # What needs more does not pay; what is never touched takes no memory.
+    room = _Room(int(len(data) * _WORTH_PACKING))
     in_order = threading.Lock()
 
     def work(numbers: Iterator[int]) -> None:
         workspace = Workspace()
-        while True:
+        while not room.is_exceeded:
             with in_order:
                 number = next(numbers, None)
                 if number is None:
                     return
                 start = number * codec.chunk_bytes
                 source = data[start : start + codec.chunk_bytes]
-                own = workspace.buffer("value", len(source)).data
-                own[:] = source
-                digest.update(own)
-            chunks[number] = codec.pack_chunk(own, start, element_bytes, workspace)
+                own = workspace.buffer("value", len(source))
+                np.copyto(own, np.frombuffer(source, np.uint8))
+                digest.update(own.data)
+            chunks[number] = room.put(codec.pack_chunk(own.data, start, element_bytes, workspace))
 
     share(count, work)
-    packed = Packed(chunks, digest.digest())
-    return packed if packed.nbytes < len(data) * _WORTH_PACKING else None
+    return None if room.is_exceeded else Packed(chunks, digest.digest())
+
+
+class _Room:
+    """Memory that chunks are put into one after the other, as they come. Thread-safe.
+
+    Taken at once, from the system: bytes objects made in threads cost as much as the packing,
+    and the C library keeps what they leave.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.is_exceeded = False
+        self._bytes = np.frombuffer(tensor_bytes(empty(torch.uint8, (nbytes,))), np.uint8)
+        self._used_bytes = 0
+        self._lock = threading.Lock()
+
+    def put(self, parts: Sequence[memoryview]) -> memoryview:
+        """Copy a chunk's parts; give them together, or nothing if there is not the room."""
+        nbytes = sum(map(len, parts))
+        with self._lock:
+            start = self._used_bytes
+            if start + nbytes > len(self._bytes):
+                self.is_exceeded = True
+                return memoryview(b"")
+            self._used_bytes += nbytes
+        place = start
+        for part in parts:
+            np.copyto(self._bytes[place : place + len(part)], np.frombuffer(part, np.uint8))
+            place += len(part)
+        return self._bytes[start:place].data.toreadonly()
 
 
 def _seems_to_pay(data: memoryview, element_bytes: int, codec: WritingCodec) -> bool:
@@ -74,5 +113,6 @@ def _seems_to_pay(data: memoryview, element_bytes: int, codec: WritingCodec) -> 
     packed_bytes = 0
     for start in range(0, _SAMPLES * step, step):
         sample = bytes(data[start : start + _SAMPLE_BYTES])
-        packed_bytes += len(codec.pack_chunk(memoryview(sample), start, element_bytes, workspace))
+        parts = codec.pack_chunk(memoryview(sample), start, element_bytes, workspace)
+        packed_bytes += sum(map(len, parts))
     return packed_bytes < _SAMPLES * _SAMPLE_BYTES * _SAMPLE_WORTH_PACKING

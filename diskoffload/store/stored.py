@@ -13,7 +13,7 @@ from typing import NoReturn, Protocol
 import torch
 
 from diskoffload.errors import DamagedFileError
-from diskoffload.store.digests import Checking, check_header, digests_of
+from diskoffload.store.digests import Checking, digests_of
 from diskoffload.store.encoded import ENCODING_KEY, EncodedTensor, describes_encodings
 from diskoffload.store.header import StoredSpec
 from diskoffload.store.json_reader import JsonReader
@@ -235,10 +235,9 @@ def stored_tensors(shard: Shard) -> dict[str, ShardTensor | EncodedTensor]:
         DamagedFileError: the file's description of its packed tensors cannot be true, or is
             not the one that was written.
     """
-    if describes_encodings(shard.header):
-        # Read as something else, damaged words for packed bytes would be silent.
-        check_header(shard.header, str(shard.path))
-    digests = digests_of(shard.header, str(shard.path))
+    # Else what a damaged word stands for would be read as something else, and nobody told.
+    must_match = describes_encodings(shard.header)
+    digests = digests_of(shard.header, str(shard.path), must_match=must_match)
     packed = _encoded_tensors(shard, digests)
     return {
         name: packed.get(name) or ShardTensor(shard, spec, digests.get(name))

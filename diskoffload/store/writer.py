@@ -287,7 +287,7 @@ class _Item:
     """A tensor made ready for its file."""
 
     plain: torch.Tensor | None
-    packed: list[bytes]
+    packed: list[memoryview]
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None
@@ -296,9 +296,9 @@ class _Item:
 
     def write(self, writer: ShardWriter, key: str) -> None:
         if self.plain is None:
-            for number, chunk in enumerate(self.packed):
-                writer.write_part(key, memoryview(chunk))
-                self.packed[number] = b""  # it is in the file
+            for chunk in self.packed:
+                writer.write_part(key, chunk)
+            self.packed.clear()  # it is in the file
         else:
             writer.write(key, tensor_bytes(self.plain))
 

@@ -63,7 +63,7 @@ class ZstdPlanes:
 
     def pack_chunk(
         self, data: memoryview, start: int, element_bytes: int, workspace: Workspace
-    ) -> bytes:
+    ) -> list[memoryview]:
         """Pack the bytes of a value from ``start`` on; ``data`` must not change meanwhile."""
         assert element_bytes in ELEMENT_SIZES
         values = np.frombuffer(data, np.uint8)
@@ -73,18 +73,17 @@ class ZstdPlanes:
         else:
             planes = [workspace.buffer(("plane", n), count) for n in range(element_bytes)]
             split(values, planes, workspace)
-        compressor = workspace.tool("compressor", _compressor)
-        said = bytearray(_HEAD.pack(0, start, len(values), element_bytes, bytes(3)))
-        stored = []
-        for plane in planes:
-            kind, constant, kept = _pack_plane(plane, compressor)
-            said += _PLANE.pack(kind, constant, 0, len(kept))
+        head = bytearray(_HEAD.pack(0, start, len(values), element_bytes, bytes(3)))
+        stored: list[memoryview] = []
+        for number, plane in enumerate(planes):
+            kind, constant, kept = _pack_plane(plane, number, workspace)
+            head += _PLANE.pack(kind, constant, 0, len(kept))
             stored.append(kept)
-        digest = xxhash.xxh3_64(said[_CHECKSUM_BYTES:])
+        digest = xxhash.xxh3_64(head[_CHECKSUM_BYTES:])
         for kept in stored:
             digest.update(kept)
-        said[:_CHECKSUM_BYTES] = digest.intdigest().to_bytes(_CHECKSUM_BYTES, "little")
-        return b"".join([said, *stored])
+        head[:_CHECKSUM_BYTES] = digest.intdigest().to_bytes(_CHECKSUM_BYTES, "little")
+        return [memoryview(head), *stored]
 
     def unpack_chunk(
         self,
@@ -120,24 +119,32 @@ def _head_bytes(element_bytes: int) -> int:
     return _HEAD.size + element_bytes * _PLANE.size
 
 
-def _pack_plane(
-    plane: Bytes, compressor: zstandard.ZstdCompressor
-) -> tuple[int, int, bytes | memoryview]:
+def _pack_plane(plane: Bytes, number: int, workspace: Workspace) -> tuple[int, int, memoryview]:
     first = plane[0]
     if (plane[:64] == first).all() and (plane == first).all():
-        return CONSTANT, int(first), b""
-    if len(plane) < _SAMPLED_FROM_BYTES or _seems_to_pay(plane, compressor):
-        packed: bytes = compressor.compress(plane.data)
-        if len(packed) < len(plane) * _PLANE_PAYS:
+        return CONSTANT, int(first), memoryview(b"")
+    if len(plane) < _SAMPLED_FROM_BYTES or _seems_to_pay(plane, workspace):
+        packed = _compressed(plane, ("packed", number), workspace)
+        if packed is not None:
             return PACKED, 0, packed
     return RAW, 0, plane.data
 
 
-def _seems_to_pay(plane: Bytes, compressor: zstandard.ZstdCompressor) -> bool:
+def _seems_to_pay(plane: Bytes, workspace: Workspace) -> bool:
     step = (len(plane) - _SAMPLE_BYTES) // (_SAMPLES - 1)
     parts = [plane[n * step : n * step + _SAMPLE_BYTES] for n in range(_SAMPLES)]
-    sample = np.concatenate(parts)
-    return len(compressor.compress(sample.data)) < len(sample) * _PLANE_PAYS
+    return _compressed(np.concatenate(parts), "sample", workspace) is not None
+
+
+def _compressed(plane: Bytes, use: object, workspace: Workspace) -> memoryview | None:
+    """Give a frame of the plane in a buffer of the workspace, or ``None`` if it does not pay."""
+    most_bytes = int(len(plane) * _PLANE_PAYS)
+    target = workspace.buffer(use, max(most_bytes, 1)).data
+    # Not compress(), which takes and leaves memory for each frame: more than half of the work.
+    compressor = workspace.tool("compressor", _compressor)
+    with compressor.stream_reader(plane.data, size=len(plane)) as reader:
+        done: int = reader.readinto(target)
+    return target[:done] if done < most_bytes else None
 
 
 def _checked_planes(

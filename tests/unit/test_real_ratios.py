@@ -57,7 +57,7 @@ def share(tensors: dict[str, torch.Tensor]) -> float:
             start = number * PLANES.chunk_bytes
             part = data[start : start + PLANES.chunk_bytes]
             target = memoryview(bytearray(len(part)))
-            PLANES.unpack_chunk(memoryview(chunk), target, start, size, workspace, "w")
+            PLANES.unpack_chunk(chunk, target, start, size, workspace, "w")
             assert target == part
     return after / before
 

@@ -53,7 +53,7 @@ def packed_shard(path: Path, tensor: torch.Tensor, codec: str, damage: bool = Fa
         said |= {"codec": codec, "chunks": [*map(len, chunks)]}
     elif codec == PLANES.name:
         packed_value = pack(data, element_bytes_of(tensor.dtype), PLANES) if len(data) else None
-        chunks = packed_value.chunks if packed_value else []
+        chunks = [bytes(one) for one in packed_value.chunks] if packed_value else []
         said = encoding_of(tensor.dtype, tuple(tensor.shape), PLANES, [*map(len, chunks)])
     packed = b"".join(chunks)
     if damage:

@@ -37,9 +37,13 @@ def ratio(tensor: torch.Tensor) -> float:
     return 1.0 if found is None else found.nbytes / tensor.nbytes
 
 
+def chunk_of(data: bytes, start: int, element_bytes: int) -> bytes:
+    return b"".join(PLANES.pack_chunk(memoryview(data), start, element_bytes, Workspace()))
+
+
 def sizes(data: bytes, element_bytes: int) -> tuple[bytes, list[int]]:
     """Pack one chunk; give it, and how many bytes each of its planes takes."""
-    chunk = PLANES.pack_chunk(memoryview(data), 0, element_bytes, Workspace())
+    chunk = chunk_of(data, 0, element_bytes)
     entries = np.frombuffer(chunk, "<u4", 2 * element_bytes, 24)
     return chunk, entries[1::2].tolist()
 
@@ -94,7 +98,7 @@ def test_any_bytes_come_back(element_bytes: int, unit: bytes, times: int) -> Non
     data = (unit * times)[: len(unit) * times // element_bytes * element_bytes]
     if not data:
         return
-    chunk = PLANES.pack_chunk(memoryview(data), 8, element_bytes, Workspace())
+    chunk = chunk_of(data, 8, element_bytes)
     least, most = PLANES.packed_range_bytes(len(data), element_bytes)
     assert least <= len(chunk) <= most
     target = memoryview(bytearray(len(data)))
@@ -158,7 +162,7 @@ def packings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     real = type(PLANES).pack_chunk
 
-    def noting(self: object, data: memoryview, *rest: object) -> bytes:
+    def noting(self: object, data: memoryview, *rest: object) -> list[memoryview]:
         seen.append(len(data))
         return real(self, data, *rest)  # type: ignore[arg-type]
 
@@ -233,7 +237,7 @@ def test_chunks_are_decoded_by_any_number_of_threads(bench: Bench) -> None:
 
 def test_a_flipped_bit_of_a_chunk_is_refused() -> None:
     value = bytes(tensor_bytes(WEIGHTS.to(torch.bfloat16)[:500]))
-    chunk = memoryview(bytearray(PLANES.pack_chunk(memoryview(value), 0, 2, Workspace())))
+    chunk = memoryview(bytearray(chunk_of(value, 0, 2)))
     target, workspace = memoryview(bytearray(len(value))), Workspace()
     for bit in range(8 * len(chunk)):
         chunk[bit // 8] ^= 1 << bit % 8
@@ -246,7 +250,7 @@ def test_a_flipped_bit_of_a_chunk_is_refused() -> None:
 
 def test_a_chunk_in_the_place_of_another_is_refused() -> None:
     value = bytes(4000)
-    chunk = PLANES.pack_chunk(memoryview(value), 0, 2, Workspace())
+    chunk = chunk_of(value, 0, 2)
     target = memoryview(bytearray(len(value)))
     PLANES.unpack_chunk(memoryview(chunk), target, 0, 2, Workspace(), "w")
     for start, element_bytes, nbytes in ((CHUNK_BYTES, 2, 4000), (0, 4, 4000), (0, 2, 3998)):
