@@ -54,8 +54,8 @@ def pack(data: memoryview, element_bytes: int, codec: WritingCodec) -> Packed | 
     count = -(-len(data) // codec.chunk_bytes)
     chunks = [memoryview(b"")] * count
     digest = xxhash.xxh3_128()
-    # What needs more does not pay; what is never touched takes no memory.
-    room = _Room(int(len(data) * _WORTH_PACKING))
+    # What needs more does not pay.
+    room = Room(int(len(data) * _WORTH_PACKING))
     in_order = threading.Lock()
 
     def work(numbers: Iterator[int]) -> None:
@@ -76,7 +76,7 @@ def pack(data: memoryview, element_bytes: int, codec: WritingCodec) -> Packed | 
     return None if room.is_exceeded else Packed(chunks, digest.digest())
 
 
-class _Room:
+class Room:
     """Memory that chunks are put into one after the other, as they come. Thread-safe.
 
     Taken at once, from the system: bytes objects made in threads cost as much as the packing,
@@ -84,6 +84,11 @@ class _Room:
     """
 
     def __init__(self, nbytes: int) -> None:
+        """Take memory; what is never touched of it costs nothing.
+
+        Raises:
+            StorageError: the system has none.
+        """
         self.is_exceeded = False
         self._bytes = np.frombuffer(tensor_bytes(empty(torch.uint8, (nbytes,))), np.uint8)
         self._used_bytes = 0

@@ -15,6 +15,7 @@ import zstandard
 from safetensors.torch import load_file
 
 from diskoffload.store.codec import codec_named, element_bytes_of
+from diskoffload.store.packing import Room
 from diskoffload.store.parallel import share, threads_for
 from diskoffload.store.workspace import Workspace
 from diskoffload.system.memory import anonymous, tensor_bytes
@@ -93,14 +94,14 @@ def _ours(kind: int) -> tuple[Packing, Unpacking, Callable[[Any], int]]:
     def packing(data: memoryview) -> list[memoryview]:
         starts = range(0, len(data), codec.chunk_bytes)
         chunks = [memoryview(b"")] * len(starts)
+        room = Room(len(data))
 
         def work(numbers: Iterator[int]) -> None:
             workspace = Workspace()
             for number in numbers:
                 start = starts[number]
                 part = data[start : start + codec.chunk_bytes]
-                packed = codec.pack_chunk(part, start, size, workspace)
-                chunks[number] = memoryview(b"".join(packed))
+                chunks[number] = room.put(codec.pack_chunk(part, start, size, workspace))
 
         share(len(chunks), work)
         return chunks
