@@ -225,7 +225,7 @@ HONEST = frame(bytes(1000))
 PLANES: dict[str, list[bytes]] = {
     "less planes than an element has bytes": [chunk_of(NOISE, size=1)],
     "more planes than an element has bytes": [chunk_of(ZERO, ZERO, ZERO, ZERO, size=4)],
-    "no plane": [chunk_of(size=0) + bytes(100)],
+    "no plane": [chunk_of(ZERO, ZERO, size=0)],
     "255 planes": [chunk_of(ZERO, ZERO, size=255)],
     "a head of others": [chunk_of(ZERO, ZERO, zeros=b"\0\1\0")],
     "a chunk of another size": [chunk_of(ZERO, ZERO, nbytes=1998)],
@@ -248,7 +248,7 @@ PLANES: dict[str, list[bytes]] = {
     "a plane beyond the chunk": [chunk_of(ZERO, (PACKED, 0, HONEST, len(HONEST) + 1))],
     "planes that share bytes": [chunk_of((PACKED, 0, HONEST), (PACKED, 0, b"", len(HONEST)))],
     "bytes that no plane has": [chunk_of(ZERO, (PACKED, 0, HONEST, len(HONEST) - 1))],
-    "something behind the planes": [chunk_of(ZERO, ZERO) + b"1"],
+    "something behind the planes": [chunk_of(ZERO, (CONSTANT, 0, b"1", 0))],
     "a plane that holds more": [chunk_of(ZERO, (PACKED, 0, frame(bytes(1001))))],
     "a plane that holds less": [chunk_of(ZERO, (PACKED, 0, frame(bytes(999))))],
     "a plane that says no size": [chunk_of(ZERO, (PACKED, 0, frame(bytes(1000), says_size=False)))],
