@@ -16,7 +16,7 @@ from diskoffload.residency.held import State
 from diskoffload.store.encoded import EncodedTensor
 from diskoffload.store.shard import Shard
 
-ROWS, COLUMNS = 5000, 1000  # a chunk of 1 MiB has 524 of its rows in bfloat16
+ROWS, COLUMNS = 5000, 1024  # a chunk of 1 MiB has 512 of its rows in bfloat16
 VALUE = (torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
 
 
@@ -70,7 +70,9 @@ def offloaded(tmp_path: Path) -> Iterator[Callable[..., diskoffload.DiskCache]]:
     [
         (0, 1, [0]),
         (700, 900, [1]),
-        (523, 526, [0, 1]),
+        (0, 512, [0]),
+        (512, 1024, [1]),
+        (511, 513, [0, 1]),
         (600, 2000, [1, 2, 3]),
         (ROWS - 1, ROWS, [9]),
         (0, ROWS, [*range(10)]),
