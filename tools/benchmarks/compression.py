@@ -20,7 +20,7 @@ from diskoffload.store.parallel import share, threads_for
 from diskoffload.store.workspace import Workspace
 from diskoffload.system.memory import anonymous, tensor_bytes
 
-from . import gauges
+from . import gauges, host_memory
 from .arms import Arm
 from .figure import Figure, Outcome, Panel, Place, Plan, bars, outcome, sizes
 from .results import Key, Results, Sample
@@ -54,6 +54,7 @@ def measure(path: str, library: str, kind: int, passes: int, scratch: str) -> li
     del scratch  # nothing is written
     value = np.fromfile(path, np.uint8)
     data = value.data
+    host_memory.settle(4 * len(data))
     packing, unpacking, size_of = _WAYS[library](kind)
     target = anonymous(len(data)).view()
     packed = packing(data)  # takes what memory it needs, and is not timed
@@ -239,6 +240,7 @@ def _plan(place: Place) -> Plan:
             "Pays below: from which speed of the disk on reading compressed values is slower than "
             "reading them as they are. It is computed: (1 - left) * unpack, if a value is "
             "decoded after it was read; unpack itself, if it is decoded while it is read.",
+            *([host_memory.NOTE] if host_memory.is_taken_back() else []),
         ],
     )
 
