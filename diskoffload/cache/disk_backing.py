@@ -10,9 +10,9 @@ from diskoffload.residency.held import Backing
 from diskoffload.store.folder import Folder
 from diskoffload.store.header import ALIGNMENT_BYTES
 from diskoffload.store.shard import Shard
-from diskoffload.store.stored import ShardTensor, Stored, StridedTensor
-from diskoffload.store.writer import Ticket
-from diskoffload.system.memory import PAGE_BYTES, discard_written, tensor_bytes, written_pages
+from diskoffload.store.stored import EncodedTensor, ShardTensor, Stored, StridedTensor
+from diskoffload.store.writer import Ticket, digest_of
+from diskoffload.system.memory import PAGE_BYTES, tensor_bytes, written_pages
 
 
 class DiskBacking:
@@ -106,7 +106,8 @@ class DiskBacking:
         """Drop the kernel's private copies of the pages that were written, but for the edges."""
         mapped = self.beneath(torch.device("cpu"))
         if mapped is not None and mapped.data_ptr() == address and mapped.nbytes == nbytes:
-            discard_written(address, nbytes)
+            for shard in self.stored.shards if self.stored is not None else ():
+                shard.forget_edits(address, nbytes)  # mapped, so it is one
 
     def was_edited(self, value: torch.Tensor) -> bool:
         """Find edits of a mapped value: the kernel says which pages were written.
@@ -118,7 +119,7 @@ class DiskBacking:
         address, nbytes = value.data_ptr(), value.numel() * value.dtype.itemsize
         runs = written_pages(address, nbytes)
         if runs is None:
-            return not torch.equal(_bytes(value), _bytes(self.stored.load()))
+            return not self._lies_on_file(value)
         original: torch.Tensor | None = None
         if any(shard.is_gone() for shard in self.stored.shards):
             return any(True for _ in runs)  # there is nothing left to compare with
@@ -133,6 +134,13 @@ class DiskBacking:
             if not torch.equal(_bytes(value)[part], original[part]):
                 return True
         return False
+
+    def _lies_on_file(self, value: torch.Tensor) -> bool:
+        assert isinstance(self.stored, (ShardTensor, EncodedTensor))  # no other is mapped
+        shard, spec, digest = self.stored.shard, self.stored.spec, self.stored.digest
+        if shard.is_gone():  # of what has no digest it cannot be told, so it is written anew
+            return digest is not None and digest_of(value).hex() == digest
+        return shard.has_bytes(spec, tensor_bytes(value))
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from diskoffload.residency.foresight import Foresight
 from diskoffload.residency.held import Held, State
 from diskoffload.store.read_ahead import ReadAhead
 from diskoffload.store.stored import ShardTensor
-from diskoffload.system.memory import discard_written
+from diskoffload.system.memory import can_discard, discard_written
 
 # Smaller ones the kernel reads well enough with their neighbours.
 _LEAST_BYTES = 128 << 10
@@ -100,6 +100,8 @@ class Mapped:
     # ------------------------------------------------------------------ leaving
 
     def _drop_behind(self, now: Held, most_bytes: int) -> None:
+        if not can_discard():
+            return  # else it would be compared with its file for nothing
         self._present_bytes = sum(self._present.values())  # less those that are gone
         if self._present_bytes <= most_bytes:
             return

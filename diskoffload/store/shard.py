@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from diskoffload.store.digests import Checking
 from diskoffload.store.header import LENGTH_BYTES, Header, StoredSpec, header_length, parse_header
 from diskoffload.store.shard_writer import ShardWriter
 from diskoffload.system.files import BLOCK_BYTES, Files, Identity
-from diskoffload.system.memory import Memory
+from diskoffload.system.memory import Memory, discard_written
 
 _STEP_BYTES = 4 << 20
 # Addresses may be had again later; a file system without mmap stays one.
@@ -253,6 +253,36 @@ class Shard:
     def _last_copy(self) -> Memory:
         assert self._memory is not None  # it is gone
         return self._memory
+
+    def forget_edits(self, address: int, nbytes: int) -> None:
+        """Have whole pages of the mapping that were written to, and are of no more use, be free.
+
+        They read as the file again. Where the system cannot forget them they are mapped anew;
+        if the file is gone by then they stay what they are, as long as the mapping does.
+        """
+        memory = self._memory
+        if memory is None or discard_written(address, nbytes):
+            return
+        with suppress(StorageError, DamagedFileError), self._opened() as fd:
+            self._check_identity(fd)
+            self._files.map_again(memory, fd, address, nbytes, self.path)
+
+    def has_bytes(self, spec: StoredSpec, value: memoryview) -> bool:
+        """Tell whether the file has just these bytes of a tensor, reading a part at a time.
+
+        Unlike :meth:`read_into` it never asks the mapping, which may be what is in question.
+
+        Raises:
+            DamagedFileError: the file was changed or replaced since it was opened.
+            StorageError: it cannot be read.
+        """
+        buffer = torch.empty(min(_STEP_BYTES, spec.nbytes), dtype=torch.uint8)
+        for start in range(0, spec.nbytes, _STEP_BYTES):
+            part = torch.frombuffer(value[start : start + _STEP_BYTES], dtype=torch.uint8)
+            self.read_at(spec.offset + start, buffer[: len(part)].numpy().data)
+            if not torch.equal(buffer[: len(part)], part):
+                return False
+        return True
 
     def check_first_reads(self, wanted: bool) -> None:
         """Have every tensor's bytes compared with its digest before it is mapped first, or not."""

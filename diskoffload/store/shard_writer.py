@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -192,8 +191,7 @@ class ShardWriter:
         if self._since_flush_bytes >= _WRITE_BEHIND_BYTES:
             # Else a container's memory fills with dirty pages and the writer is throttled.
             self._sync_data()
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            self._files.drop_from_cache(self._fd, 0, 0)
             self._since_flush_bytes = 0
 
     def write_part(self, name: str, data: memoryview) -> None:

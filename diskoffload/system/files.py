@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -19,7 +20,8 @@ from pathlib import Path
 
 from diskoffload.errors import NoSpaceError, StorageError
 from diskoffload.system.locking import check_unlocked, lock_file, unlock
-from diskoffload.system.memory import Memory, map_file
+from diskoffload.system.memory import Memory, map_again, map_file
+from diskoffload.system.portable import IS_LINUX, of_linux, proc
 
 # What devices of today read at once at the least, or a multiple of it.
 BLOCK_BYTES = 4096
@@ -27,8 +29,13 @@ _COPY_STEP_BYTES = 64 << 20
 _FALLBACK_STEP_BYTES = 8 << 20
 # The kernel's usual read-ahead: of a larger request it drops the rest (mm/readahead.c).
 _FETCH_STEP_BYTES = 128 << 10
+# macOS refuses 2 GiB at once where Linux takes a part (read(2), write(2)).
+_CALL_STEP_BYTES = 1 << 30
 # What a file system without copy_file_range answers (copy_file_range(2), ERRORS).
 _CANNOT_COPY_IN_KERNEL = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+# macOS alone has it; these are what file systems without it answer (fcntl(2) there).
+_FULL_SYNC = getattr(fcntl, "F_FULLFSYNC", None)
+_CANNOT_FULL_SYNC = {errno.ENOTSUP, errno.ENOTTY, errno.EINVAL, errno.ENODEV}
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 # How /proc/self/mountinfo writes spaces and the like (proc_pid_mountinfo(5)).
@@ -128,8 +135,8 @@ class Files:
         """
         if not self.may_read_past_cache:
             return None
-        place = path if fd < 0 else Path(f"/proc/self/fd/{fd}")
         try:
+            place = path if fd < 0 else Path(proc(f"self/fd/{fd}"))
             return _open_direct(place, os.O_RDONLY)
         except OSError as error:
             if fd >= 0 and error.errno == errno.ENOENT:  # no /proc here
@@ -196,6 +203,11 @@ class Files:
             raise StorageError(errno.ENODEV, "files are not to be mapped", str(path))
         return map_file(fd, nbytes, str(path))
 
+    def map_again(self, memory: Memory, fd: int, address: int, nbytes: int, path: Path) -> None:
+        """Map a part of a file anew, see :func:`map_again`."""
+        with naming_faults("map anew the file", path):
+            map_again(memory, fd, address, nbytes)
+
     def identity(self, fd: int, path: Path) -> Identity:
         """Tell which file is open and how it is now."""
         with naming_faults("look at the file", path):
@@ -234,7 +246,8 @@ class Files:
         done = 0
         with naming_faults("read the file", path):
             while done < len(target):
-                count = os.preadv(fd, [target[done:]], offset + done)
+                step = target[done : done + _CALL_STEP_BYTES]
+                count = os.preadv(fd, [step], offset + done)
                 if count == 0:
                     raise StorageError(
                         errno.EIO,
@@ -274,21 +287,23 @@ class Files:
 
         What is there already is told from the first and the last of them, and costs two calls.
         """
-        if not hasattr(os, "RWF_NOWAIT") or not hasattr(os, "posix_fadvise") or not nbytes:
+        advise, no_wait = of_linux(os, "posix_fadvise"), of_linux(os, "RWF_NOWAIT")
+        if advise is None or no_wait is None or not nbytes:
             return
         with contextlib.suppress(OSError):
             ends = (offset, offset + nbytes - 1)
-            if all(_is_cached(fd, end) for end in ends):
+            if all(_is_cached(fd, end, no_wait) for end in ends):
                 return
             for start in range(offset, offset + nbytes, _FETCH_STEP_BYTES):
                 step_bytes = min(_FETCH_STEP_BYTES, offset + nbytes - start)
-                os.posix_fadvise(fd, start, step_bytes, os.POSIX_FADV_WILLNEED)
+                advise(fd, start, step_bytes, os.POSIX_FADV_WILLNEED)
 
     def drop_from_cache(self, fd: int, offset: int, nbytes: int) -> None:
         """Tell the kernel that these bytes of a file are of no more use; a hint, no promise."""
-        if hasattr(os, "posix_fadvise"):
+        advise = of_linux(os, "posix_fadvise")
+        if advise is not None:
             with contextlib.suppress(OSError):
-                os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+                advise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def read(self, path: Path) -> bytes:
         """Read all of a small file."""
@@ -302,7 +317,7 @@ class Files:
         done = 0
         with naming_faults("write the file", path):
             while done < len(data):
-                done += os.pwrite(fd, data[done:], offset + done)
+                done += os.pwrite(fd, data[done : done + _CALL_STEP_BYTES], offset + done)
 
     def set_size(self, fd: int, nbytes: int, path: Path) -> None:
         """Give a file its final length; what is not written later reads as zeros."""
@@ -315,12 +330,11 @@ class Files:
         """Copy bytes between two files inside the kernel, or through a buffer where it can't."""
         done = 0
         with naming_faults("copy into the file", path):
-            while done < nbytes and hasattr(os, "copy_file_range"):
+            in_kernel = of_linux(os, "copy_file_range")
+            while done < nbytes and in_kernel is not None:
                 step = min(_COPY_STEP_BYTES, nbytes - done)
                 try:
-                    count = os.copy_file_range(
-                        source_fd, fd, step, source_offset + done, offset + done
-                    )
+                    count = in_kernel(source_fd, fd, step, source_offset + done, offset + done)
                 except OSError as error:
                     if error.errno in _CANNOT_COPY_IN_KERNEL:
                         break
@@ -338,14 +352,14 @@ class Files:
     def sync(self, fd: int, path: Path) -> None:
         """Wait until a file's bytes are on the device."""
         with naming_faults("sync the file", path):
-            os.fsync(fd)
+            _sync(fd)
 
     def sync_folder(self, path: Path) -> None:
         """Wait until a folder's entries are on the device."""
         with naming_faults("sync the folder", path):
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                os.fsync(fd)
+                _sync(fd)
             finally:
                 os.close(fd)
 
@@ -356,7 +370,8 @@ class Files:
 
     def exchange(self, first: Path, second: Path) -> bool:
         """Swap two names at one stroke; tell whether the system could."""
-        renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        libc = ctypes.CDLL(None, use_errno=True)
+        renameat2 = getattr(libc, "renameat2", None) if IS_LINUX else None
         if renameat2 is None:
             return False
         arguments = (_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second))
@@ -404,6 +419,19 @@ class Files:
             check_unlocked(path)
 
 
+def _sync(fd: int) -> None:
+    """Wait until the device has it; on macOS fsync(2) leaves it in the device's volatile cache."""
+    if _FULL_SYNC is not None:
+        try:
+            fcntl.fcntl(fd, _FULL_SYNC)
+        except OSError as error:
+            if error.errno not in _CANNOT_FULL_SYNC:
+                raise
+        else:
+            return
+    os.fsync(fd)
+
+
 def _identity(status: os.stat_result) -> Identity:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -428,7 +456,7 @@ def memory_file_system(path: Path) -> str | None:
     path = Path(os.path.realpath(_nearest(path)))
     best: tuple[int, str] = (-1, "")
     try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+        with open(proc("self/mountinfo"), encoding="utf-8", errors="surrogateescape") as mounts:
             for line in mounts:
                 left, _, right = line.partition(" - ")
                 point = _OCTAL_ESCAPE.sub(lambda one: chr(int(one[1], 8)), left.split(" ")[4])
@@ -439,15 +467,15 @@ def memory_file_system(path: Path) -> str | None:
     return best[1] if best[1] in _MEMORY_FILE_SYSTEMS else None
 
 
-def _is_cached(fd: int, offset: int) -> bool:
+def _is_cached(fd: int, offset: int, no_wait: int) -> bool:
     try:
-        return os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+        return os.preadv(fd, [bytearray(1)], offset, no_wait) == 1
     except BlockingIOError:
         return False
 
 
 def _open_direct(path: Path, mode: int) -> int | None:
-    flag = getattr(os, "O_DIRECT", None)
+    flag = of_linux(os, "O_DIRECT")
     if flag is None:
         return None
     try:

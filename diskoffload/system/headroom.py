@@ -19,12 +19,14 @@ from typing import NamedTuple
 import psutil
 
 from diskoffload.errors import InvalidInputError, StorageError
+from diskoffload.system.portable import IS_LINUX
 
 MACHINE = "machine"
 """What :meth:`Headroom.explain` answers where no control group is tighter."""
 
 # Version 1 writes "no limit" as the largest multiple of a page below 2**63, and pages differ.
 _NO_LIMIT_BYTES = 1 << 62
+_PROC = Path("/proc") if IS_LINUX else None
 
 
 class MachineMemory(NamedTuple):
@@ -158,7 +160,8 @@ class Headroom:
 
     Args:
         refresh_seconds: :meth:`available_bytes` measures at most once in this time.
-        proc: where proc is mounted.
+        proc: where proc is mounted; by default ``/proc``, and nowhere where portable paths
+            are taken (:mod:`diskoffload.system.portable`).
         sys: where sysfs is mounted; a mount point below ``/sys`` is looked for below it.
         machine: returns the machine's total and available bytes.
 
@@ -170,7 +173,7 @@ class Headroom:
         self,
         *,
         refresh_seconds: float = 0.05,
-        proc: str | Path = "/proc",
+        proc: str | Path | None = None,
         sys: str | Path = "/sys",
         machine: Callable[[], MachineMemory] = machine_memory,
     ) -> None:
@@ -180,7 +183,7 @@ class Headroom:
                 "every call, or a positive number of seconds"
             )
         self._refresh_seconds = refresh_seconds
-        self._proc = Path(proc)
+        self._proc = _PROC if proc is None else Path(proc)
         self._sys = Path(sys)
         self._machine = machine
         # Each is replaced as a whole and never changed, which is why no lock is needed.
@@ -223,14 +226,17 @@ class Headroom:
         return _Reading(now_seconds, max(0, available_bytes), bound_by)
 
     def _groups(self) -> tuple[_Group, ...]:
+        if self._proc is None:
+            return ()
         text = _read_text(self._proc / "self" / "cgroup")
         membership = self._membership
         if text != membership.text:
-            membership = self._membership = _Membership(text, self._find_groups(text or ""))
+            groups = self._find_groups(text or "", self._proc)
+            membership = self._membership = _Membership(text, groups)
         return membership.groups
 
-    def _find_groups(self, text: str) -> tuple[_Group, ...]:
-        mounts = _parse_mounts(_read_text(self._proc / "self" / "mountinfo") or "")
+    def _find_groups(self, text: str, proc: Path) -> tuple[_Group, ...]:
+        mounts = _parse_mounts(_read_text(proc / "self" / "mountinfo") or "")
         found: dict[Path, _Group] = {}
         for path, files in _parse_membership(text):
             for mount in mounts:

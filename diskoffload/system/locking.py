@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from diskoffload.errors import FolderInUseError
+from diskoffload.system.portable import proc
 
 try:
     import fcntl
@@ -31,11 +32,12 @@ except ImportError:  # pragma: no cover - Windows is not promised
 _log = logging.getLogger(__name__)
 
 # What a file system without locks answers (flock(2), and Linux's NFS and FUSE clients).
-_CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 # Who makes the file writes to it at once, unless it dies in between.
 _PATIENCE_SECONDS = 1.0
 _LOOK_SECONDS = 0.01
 _MOST_CLAIMS_BYTES = 1 << 20
+_DEAD = "dead"
 
 Claim = dict[str, Any]
 # By descriptor: the file, our token in it and the process that wrote it.
@@ -193,7 +195,7 @@ def _refuse_if_claimed(claims: list[Claim], mine: Claim, path: Path) -> None:
             return
         if any(claim.get(key) != mine[key] for key in ("host", "space")):
             # Of another boot of this machine it is dead, wherever it ran.
-            if claim.get("host") == mine["host"] and claim.get("boot") != mine["boot"]:
+            if claim.get("host") == mine["host"] and _is_of_another_boot(claim, mine):
                 continue
             advice = (
                 f"its file system has no locks, and whether that process is alive cannot be seen "
@@ -211,8 +213,13 @@ def _refuse_if_claimed(claims: list[Claim], mine: Claim, path: Path) -> None:
         )
 
 
+def _is_of_another_boot(claim: Claim, mine: Claim) -> bool:
+    # Empty where the system does not say: on macOS, say. Nothing follows from that.
+    return bool(claim.get("boot") and mine["boot"]) and claim["boot"] != mine["boot"]
+
+
 def _lives(claim: Claim, mine: Claim) -> bool:
-    if claim.get("boot") != mine["boot"]:
+    if _is_of_another_boot(claim, mine):
         return False
     try:
         os.kill(claim["pid"], 0)
@@ -220,27 +227,28 @@ def _lives(claim: Claim, mine: Claim) -> bool:
         return False
     except (OSError, OverflowError):
         pass  # it is another user's
-    return _started(claim["pid"]) in ("", claim.get("started"))  # may be hidden from us
+    started, claimed = _started(claim["pid"]), claim.get("started")
+    return started in ("", claimed) or not (claimed or started == _DEAD)  # may be hidden
 
 
 def _describe(pid: int) -> Claim:
     """Say which process of which machine that is, so that no other is ever taken for it."""
     boot, space = "", ""
     with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-        space = os.readlink("/proc/self/ns/pid")  # a container counts its own
+        boot = Path(proc("sys/kernel/random/boot_id")).read_text("ascii").strip()
+        space = os.readlink(proc("self/ns/pid"))  # a container counts its own
     host = socket.gethostname()
     return {"pid": pid, "started": _started(pid), "boot": boot, "space": space, "host": host}
 
 
 def _started(pid: int) -> str:
-    """Tell when a process began, in ticks since the boot; "dead" of one that only waits to go.
+    """Tell when a process began, in ticks since the boot; _DEAD of one that only waits to go.
 
     Empty where the system does not say (proc_pid_stat(5), field 22).
     """
     try:
-        text = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
+        text = Path(proc(f"{pid}/stat")).read_text("utf-8", "replace")
     except OSError:
         return ""
     state, *fields = text.rpartition(")")[2].split()
-    return "dead" if state in "ZX" else fields[18]
+    return _DEAD if state in "ZX" else fields[18]

@@ -24,11 +24,15 @@ import numpy as np
 import torch
 
 from diskoffload.errors import StorageError
+from diskoffload.system.portable import IS_LINUX, proc
 
 PAGE_BYTES = mmap.PAGESIZE
 
-# mman.h on Linux; absent from the mmap module before Python 3.13.
-_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+# mman.h on Linux; absent from the mmap module before Python 3.13. Elsewhere either nothing is
+# reserved anyway, or a file larger than memory is refused and then read.
+_MAP_NORESERVE = 0x4000 if IS_LINUX else 0
+# The same number on Linux, macOS and the BSDs.
+_MAP_FIXED = 0x10
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
@@ -55,7 +59,7 @@ _libc.mmap.argtypes = [
 ]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_malloc_trim = getattr(_libc, "malloc_trim", None)
+_malloc_trim = getattr(_libc, "malloc_trim", None) if IS_LINUX else None
 
 
 class Memory:
@@ -121,9 +125,9 @@ def _map(nbytes: int, protection: int, flags: int, fd: int, what: str) -> Memory
 def _about_full() -> str:
     """Say what is used up when the system has no place for a mapping: seldom it is memory."""
     try:
-        with open("/proc/sys/vm/max_map_count", encoding="ascii") as file:
+        with open(proc("sys/vm/max_map_count"), encoding="ascii") as file:
             most = int(file.read())
-        with open("/proc/self/maps", "rb") as lines:
+        with open(proc("self/maps"), "rb") as lines:
             count = sum(1 for _ in lines)
     except (OSError, ValueError):  # not Linux, or no descriptor is left
         most, count = 0, 0
@@ -165,7 +169,7 @@ def anonymous(nbytes: int) -> Memory:
     nbytes = max(nbytes, 1)
     protection = mmap.PROT_READ | mmap.PROT_WRITE
     memory = _map(nbytes, protection, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, "memory")
-    if sys.platform == "linux" and nbytes >= _HUGE_FROM_BYTES:
+    if IS_LINUX and nbytes >= _HUGE_FROM_BYTES:
         _libc.madvise(memory.address, nbytes, _MADV_HUGEPAGE)
     return memory
 
@@ -228,7 +232,7 @@ def written_pages(address: int, nbytes: int) -> Iterator[tuple[int, int]] | None
     (https://docs.kernel.org/admin-guide/mm/pagemap.html, bits 61 to 63).
     """
     try:
-        os.close(os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))
+        os.close(os.open(proc("self/pagemap"), os.O_RDONLY | os.O_CLOEXEC))
     except OSError:
         return None
     return _written_runs(address // PAGE_BYTES, -(-(address + nbytes) // PAGE_BYTES))
@@ -237,7 +241,7 @@ def written_pages(address: int, nbytes: int) -> Iterator[tuple[int, int]] | None
 def _written_runs(first: int, last: int) -> Iterator[tuple[int, int]]:
     # Opened at the first step: an iterator that is never begun runs no clean-up.
     try:
-        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(proc("self/pagemap"), os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise StorageError(
             error.errno, f"could not ask for edits: {error.strerror}; try again"
@@ -257,15 +261,55 @@ def _written_runs(first: int, last: int) -> Iterator[tuple[int, int]]:
         os.close(fd)
 
 
-def discard_written(address: int, nbytes: int) -> None:
+def can_discard() -> bool:
+    """Whether :func:`discard_written` can give back pages here."""
+    return IS_LINUX
+
+
+def discard_written(address: int, nbytes: int) -> bool:
     """Give back the written pages that lie wholly in a range of a private file mapping.
 
     What was written there is lost: the range reads as the file again.
+
+    Returns:
+        Whether that is so. Linux's ``madvise`` alone drops what was written; elsewhere
+        :func:`map_again` does, which needs the file.
     """
+    first, last = _whole_pages(address, nbytes)
+    if last > first and can_discard():
+        return bool(_libc.madvise(first, last - first, _MADV_DONTNEED) == 0)
+    return last <= first
+
+
+def map_again(memory: Memory, fd: int, address: int, nbytes: int) -> None:
+    """Map anew the pages that lie wholly in a range of what :func:`map_file` has given.
+
+    What was written there is lost, as by :func:`discard_written`. Nobody may use the range
+    meanwhile.
+
+    Args:
+        memory: the file's mapping.
+        fd: descriptor of the same file, open for reading.
+        address: first byte of the range.
+        nbytes: its length in bytes.
+
+    Raises:
+        StorageError: the system refuses.
+    """
+    first, last = _whole_pages(address, nbytes)
+    if last <= first:
+        return
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
+    flags = mmap.MAP_PRIVATE | _MAP_NORESERVE | _MAP_FIXED
+    offset = first - memory.address
+    if _libc.mmap(first, last - first, protection, flags, fd, offset) == _MAP_FAILED:
+        code = ctypes.get_errno()
+        raise StorageError(code, f"cannot map {last - first} bytes anew: {os.strerror(code)}")
+
+
+def _whole_pages(address: int, nbytes: int) -> tuple[int, int]:
     first = -(-address // PAGE_BYTES) * PAGE_BYTES
-    last = (address + nbytes) // PAGE_BYTES * PAGE_BYTES
-    if last > first:
-        _libc.madvise(first, last - first, _MADV_DONTNEED)
+    return first, (address + nbytes) // PAGE_BYTES * PAGE_BYTES
 
 
 def own_bytes_of_process() -> int:
@@ -275,7 +319,7 @@ def own_bytes_of_process() -> int:
     too many, because the kernel counts in batches.
     """
     try:
-        fd = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(proc("self/statm"), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return 0
     try:
@@ -286,7 +330,10 @@ def own_bytes_of_process() -> int:
 
 
 def anonymous_bytes_of_process() -> int | None:
-    """Tell how much anonymous memory this process has resident, or ``None`` off Linux."""
+    """Tell how much anonymous memory this process has resident, or ``None`` off Linux.
+
+    A gauge for reports: nothing is decided by it, so it works whatever paths are taken.
+    """
     try:
         with open("/proc/self/status", encoding="ascii") as status:
             for line in status:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from linux_only import linux_only
 
 from diskoffload.errors import (
     CheckpointError,
@@ -21,6 +22,8 @@ from diskoffload.errors import (
 from diskoffload.system.files import Files, free_bytes, memory_file_system, naming_faults
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
+
+names_file_systems = linux_only("nobody says which file system is in memory")
 
 FILES = Files()
 
@@ -187,6 +190,7 @@ def test_a_source_that_ends_early_is_an_error(
         copy(tmp_path, len(SOURCE) - 5, 0, 6)
 
 
+@linux_only("the kernel is not asked to copy")
 def test_any_other_refusal_of_the_kernel_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +296,7 @@ def test_free_bytes_are_those_of_the_file_system_that_is_asked(small_disk: Path)
     assert free_bytes(small_disk) == free_bytes(small_disk / "a" / "b") == 512 << 10
 
 
+@names_file_systems
 @pytest.mark.skipif(not os.path.ismount("/dev/shm"), reason="no RAM file system is at hand")
 def test_a_file_system_in_memory_is_named(tmp_path: Path) -> None:
     assert memory_file_system(Path("/dev/shm")) == "tmpfs"
@@ -301,6 +306,7 @@ def test_a_file_system_in_memory_is_named(tmp_path: Path) -> None:
     assert memory_file_system(Path("/proc")) is None
 
 
+@names_file_systems
 @pytest.mark.parametrize("name", ["with space", "with\\slash", "数据", "tab\tand\nline", "é"])
 def test_mount_points_of_any_name(small_disk: Path, name: str) -> None:
     around = small_disk.parent / "around"

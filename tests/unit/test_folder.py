@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from linux_only import linux_only
 from shard_files import mappings_of, noise, same
 
 from diskoffload.errors import ClosedError, InvalidInputError, StorageError
@@ -140,6 +141,7 @@ def test_without_a_place_a_temporary_one_is_taken_and_named(
     assert not path.exists()
 
 
+@linux_only("nobody says which file system is in memory")
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no RAM file system is at hand")
 def test_a_place_in_memory_is_warned_of(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     with caplog.at_level(logging.WARNING):

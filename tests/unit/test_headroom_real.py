@@ -96,7 +96,7 @@ def _run_in(group: Path, script: str, *arguments: str) -> subprocess.CompletedPr
         "from diskoffload.system.headroom import Headroom\n"
         "MIB = 1 << 20\n"
         "Path(sys.argv[1], 'cgroup.procs').write_text(str(os.getpid()))\n"
-        "headroom = Headroom(refresh_seconds=0)\n"
+        "headroom = Headroom(refresh_seconds=0, proc='/proc')\n"
     )
     package = Path(diskoffload.__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(package)}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from linux_only import linux_only
 from safetensors.torch import load_file, save_file
 from shard_files import (
     in_child,
@@ -239,6 +240,7 @@ def test_copies_are_made_in_the_kernel(tmp_path: Path) -> None:
     assert same(copied["y"], noise(torch.bfloat16, (999,)))
 
 
+@linux_only("the kernel is not asked to copy")
 def test_copies_go_through_a_buffer_where_the_kernel_cannot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
