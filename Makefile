@@ -17,12 +17,13 @@ BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv demo lint test test-slow test-long fuzz bench bench-full clean torch-wanted
+.PHONY: help venv demo lint test test-slow test-portable test-long fuzz bench bench-full clean torch-wanted
 
 help:
 	@echo "make demo       open and quantize a 3 GB checkpoint in a third of its size of memory"
 	@echo "make test       lint, check the types, run the default tests"
 	@echo "make test-slow  run the tests that take a while"
+	@echo "make test-portable  run the default tests without Linux's own calls, as on macOS"
 	@echo "make test-long  crash and fail at every step: an hour or so"
 	@echo "make fuzz       feed made-up files to the readers for FUZZ_SECONDS=$(FUZZ_SECONDS), guided by atheris"
 	@echo "make bench      measure beside peers and the raw disk, in under 15 minutes, to $(BENCH_DIR)"
@@ -69,6 +70,10 @@ test: lint
 # Status 5 means that no test is marked slow.
 test-slow: $(VENV)/.installed-test
 	"$(BIN)/python" -m pytest -m slow || [ $$? -eq 5 ]
+
+# What portable paths lack is left out, with a reason.
+test-portable: $(VENV)/.installed-test
+	DISKOFFLOAD_PORTABLE=1 "$(BIN)/python" -m pytest
 
 fuzz: $(VENV)/.installed-fuzz
 	"$(BIN)/python" tools/fuzz.py --seconds "$(FUZZ_SECONDS)"

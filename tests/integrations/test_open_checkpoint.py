@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from linux_only import linux_only
 from models import load
 from safetensors.torch import load_file, save_file
 
@@ -246,6 +247,7 @@ def test_no_such_folder_and_odd_arguments(checkpoints: dict[str, Path], tmp_path
         )
 
 
+@linux_only("nobody says which file system is in memory")
 def test_an_offload_dir_in_memory_is_named_in_a_warning(
     checkpoints: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from linux_only import linux_only
 from work_on_sparse import COLUMNS
 
 from diskoffload.store.header import Header, build_header
@@ -72,7 +73,7 @@ def added_bytes(taken: dict[str, Any]) -> int:
     return int(taken["peak_anonymous_bytes"] - taken["before_anonymous_bytes"])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is counted on Linux only")
+@linux_only("without MAP_NORESERVE it is refused, and read instead")
 def test_a_file_larger_than_memory_is_read_and_edited_in_place(sparse: tuple[Path, Header]) -> None:
     path, header = sparse
     modified_ns = path.stat().st_mtime_ns
