@@ -12,8 +12,10 @@ from diskoffload.system.memory import PAGE_BYTES, written_pages
 _GAP_BYTES = 16 * PAGE_BYTES
 
 
-def unedited(entries: Iterable[Held]) -> set[Held]:
+def unedited(entries: Iterable[Held]) -> set[Held] | None:
     """Find entries that lie on their file and of which no page was written.
+
+    ``None`` where the kernel does not say: then each has to be compared with its file.
 
     The others may be unedited too: a page at an edge may hold a neighbour's edit. Asking costs
     about a 500th of their bytes to read, where asking for each one would cost two system calls.
@@ -25,7 +27,7 @@ def unedited(entries: Iterable[Held]) -> set[Held]:
         start, stop = group[0][0][0], max(span[1] for span, _ in group)
         runs = written_pages(start, stop - start)
         if runs is None:
-            return set()
+            return None
         written = list(runs)
         ends = [end for _, end in written]
         for (first, last), number in group:

@@ -578,6 +578,12 @@ class Residency:
         with self.lock:
             chosen = [held for held in self.known() if selects(held)]
             same = unedited(chosen)
+            if same is None:
+                same = set()
+                # What is compared now and left there would be compared again at each sync.
+                for held in chosen:
+                    if held.mapped_span() is not None:
+                        self.vacate_mapped(held)
             for held in chosen:
                 if held in same:
                     continue
