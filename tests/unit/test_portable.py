@@ -131,7 +131,7 @@ def test_what_the_system_tells_and_does(tmp_path: Path) -> None:
 @pytest.fixture
 def pages(tmp_path: Path) -> Path:
     path = tmp_path / "pages"
-    path.write_bytes(bytes(range(256)) * (16 * MIB // 256))
+    torch.arange(2 * MIB).numpy().tofile(path)  # no two pages are the same
     return path
 
 
@@ -156,24 +156,26 @@ def test_a_range_that_is_mapped_again_reads_as_the_file(pages: Path) -> None:
         map_again(memory, -1, memory.address, PAGE_BYTES)
 
 
-def shard_with_an_edit(path: Path) -> tuple[Shard, torch.Tensor]:
+def shard_with_an_edit(path: Path, *, rests: bool = True) -> tuple[Shard, torch.Tensor]:
     save_file({"a": torch.ones(MIB), "b": torch.ones(MIB)}, path)
     shard = Shard(path, Files())
-    shard.rest()
+    if rests:
+        shard.rest()
     value = shard.mapped(shard.header.specs["a"])
     assert value is not None
     return shard, value.fill_(7)
 
 
+@pytest.mark.parametrize("rests", [False, True], ids=["open", "at rest"])
 @pytest.mark.parametrize("knows_how", [True, False], ids=["as here", "mapped anew"])
 @pytest.mark.parametrize("what", ["there", "removed", "replaced", "changed"])
 def test_memory_of_edits_goes_back_if_the_file_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, knows_how: bool, what: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, knows_how: bool, what: str, rests: bool
 ) -> None:
     if not knows_how:
         monkeypatch.setattr("diskoffload.store.shard.discard_written", lambda *_: False)
     path = tmp_path / "some.safetensors"
-    shard, value = shard_with_an_edit(path)
+    shard, value = shard_with_an_edit(path, rests=rests)
     if what == "removed":
         path.unlink()
     if what == "replaced":
@@ -184,7 +186,8 @@ def test_memory_of_edits_goes_back_if_the_file_is_there(
     before_bytes = anonymous_bytes_of_process() or 0
     shard.forget_edits(value.data_ptr(), value.nbytes)
     given_bytes = before_bytes - (anonymous_bytes_of_process() or 0)
-    is_forgotten = what == "there" or (knows_how and IS_LINUX)
+    is_there = what == "there" or (not rests and what != "changed")  # its descriptor is
+    is_forgotten = is_there or (knows_how and IS_LINUX)
     middle = value[PAGE_BYTES:-PAGE_BYTES]
     assert set(middle.unique().tolist()) == {1.0 if is_forgotten else 7.0}
     if before_bytes:
@@ -192,7 +195,10 @@ def test_memory_of_edits_goes_back_if_the_file_is_there(
     shard.forget_edits(value.data_ptr(), value.nbytes)
 
 
-def test_a_value_is_compared_with_the_file_and_never_with_the_mapping(tmp_path: Path) -> None:
+def test_a_value_is_compared_with_the_file_and_never_with_the_mapping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diskoffload.store.shard._STEP_BYTES", MIB)
     path = tmp_path / "some.safetensors"
     shard, value = shard_with_an_edit(path)
     spec = shard.header.specs["a"]
