@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from linux_only import linux_only
 from safetensors.torch import save_file
 
 import diskoffload
@@ -80,6 +81,7 @@ def has_all_by(file: Path, wanted: set[int]) -> bool:
     return wanted <= cached_layers(file)
 
 
+@linux_only("the kernel is asked for nothing ahead")
 def test_what_comes_next_is_fetched(checkpoint: Path, tmp_path: Path) -> None:
     model: Any = diskoffload.open_checkpoint(
         checkpoint, model=bare(), offload_dir=tmp_path / "offload", mode="mapped"
@@ -93,6 +95,7 @@ def test_what_comes_next_is_fetched(checkpoint: Path, tmp_path: Path) -> None:
     wait_for_ahead()
 
 
+@linux_only("nothing is dropped from the page cache")
 def test_what_is_needed_last_leaves_the_cache(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
