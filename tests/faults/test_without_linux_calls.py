@@ -18,7 +18,7 @@ PART = [
     str(TESTS / "contracts" / "test_edits.py"),
     str(TESTS / "contracts" / "test_module_contract.py"),
     str(TESTS / "commits" / "test_commit.py"),
-    "-k=disk and not elsewhere and not written and not blind and not training"
+    "-k=disk and not elsewhere and not written and not blind and not training and not context"
     " or scratch and not second",
 ]
 ONE = [str(TESTS / "contracts" / "test_edits.py"), "-k=foreach and disk-streamed"]
