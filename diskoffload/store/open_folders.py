@@ -27,10 +27,10 @@ class OpenFolders:
         if isinstance(place, Folder):
             return place
         if place is None:
-            folder = Folder()
+            made = Folder()
             with self._lock:  # whoever has asked where it is may name it
-                self._by_path[os.path.realpath(folder.path)] = folder
-            return folder
+                self._by_path[os.path.realpath(made.path)] = made
+            return made
         if not isinstance(place, (str, os.PathLike)):
             raise InvalidInputError(f"offload_dir must be a path, not {type(place).__name__}")
         key = os.path.realpath(os.path.expanduser(place))

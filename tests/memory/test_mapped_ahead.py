@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -20,11 +22,12 @@ from diskoffload.residency.allowance import Allowance
 from diskoffload.store.header import LENGTH_BYTES
 
 MIB = 1 << 20
+WORK = Path(__file__).with_name("work_as_another_user.py")
 LAYERS = 24
 WIDTH = 1024  # 4 MiB each
 
 pytestmark = pytest.mark.skipif(
-    not hasattr(os, "RWF_NOWAIT"), reason="the system does not tell what is in its page cache"
+    sys.platform != "linux", reason="asks Linux what is in its page cache"
 )
 
 
@@ -109,6 +112,27 @@ def test_what_is_needed_last_leaves_the_cache(
     wait_for_ahead()
     left = cached_layers(checkpoint)
     assert 8 <= len(left) <= 21, left  # 10 layers, and what we and the kernel have read ahead
+
+
+@pytest.mark.slow
+def test_pages_of_a_file_of_another_user_are_given_back(checkpoint: Path, tmp_path: Path) -> None:
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    tmp_path.chmod(0o777)
+    for folder in tmp_path.parents[:2]:
+        folder.chmod(0o755)
+    checkpoint.chmod(0o644)
+    command = [sys.executable, str(WORK), str(checkpoint), str(tmp_path / "offload")]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        said = run.stdout.readline()
+        left = cached_layers(checkpoint)
+        run.stdin.close()  # type: ignore[union-attr]
+        assert said == "True\n", run.stderr.read()
+    assert 8 <= len(left) <= 21, left
 
 
 def test_an_edited_weight_never_leaves_with_the_others(
