@@ -8,9 +8,10 @@ import torch
 
 from diskoffload.residency.held import Backing
 from diskoffload.store.folder import Folder
+from diskoffload.store.encoded import EncodedTensor
 from diskoffload.store.header import ALIGNMENT_BYTES
 from diskoffload.store.shard import Shard
-from diskoffload.store.stored import EncodedTensor, ShardTensor, Stored, StridedTensor
+from diskoffload.store.stored import ShardTensor, Stored, StridedTensor
 from diskoffload.store.writer import Ticket, digest_of
 from diskoffload.system.memory import PAGE_BYTES, tensor_bytes, written_pages
 
