@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from diskoffload.residency.held import Backing
-from diskoffload.store.folder import Folder
 from diskoffload.store.encoded import EncodedTensor
+from diskoffload.store.folder import Folder
 from diskoffload.store.header import ALIGNMENT_BYTES
 from diskoffload.store.shard import Shard
 from diskoffload.store.stored import ShardTensor, Stored, StridedTensor

@@ -28,7 +28,9 @@ class Numbering:
         """Note that a module shows an entry."""
         self._shown.append(weakref.ref(held))
         if len(self._shown) >= self._look_at:
-            self._shown = [one for one in dict.fromkeys(self._shown) if one() is not None]
+            # By identity: a reference to what is gone has no hash.
+            live = {id(one): ref for ref in self._shown if (one := ref()) is not None}
+            self._shown = list(live.values())
             self._look_at = 2 * len(self._shown) + _LEAST_LOOK
 
     def number(self, held: Held) -> int:
