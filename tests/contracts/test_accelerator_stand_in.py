@@ -6,6 +6,7 @@ waits for it: who used memory too early, or again too early, would get the wrong
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import deque
 from pathlib import Path
@@ -40,6 +41,7 @@ class LateLane:
     def __init__(self, owner: StandIn) -> None:
         self._owner = owner
         self._waiting: deque[tuple[LateEvent, torch.Tensor, torch.Tensor]] = deque()
+        self._lock = threading.Lock()
         self.staged = 0
 
     def staging(self, nbytes: int) -> torch.Tensor:
@@ -53,7 +55,8 @@ class LateLane:
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> Event:
         event = LateEvent(self)
-        self._waiting.append((event, source, target))
+        with self._lock:
+            self._waiting.append((event, source, target))
         return event
 
     def hand_over(self, tensor: torch.Tensor, event: Event) -> None:
@@ -61,9 +64,10 @@ class LateLane:
         self.run_until(event)
 
     def run_until(self, wanted: LateEvent) -> None:
-        while any(event is wanted for event, _, _ in self._waiting):
-            _, source, target = self._waiting.popleft()
-            target.copy_(source)
+        with self._lock:  # two threads may wait, and neither goes on before it is done
+            while any(event is wanted for event, _, _ in self._waiting):
+                _, source, target = self._waiting.popleft()
+                target.copy_(source)
 
 
 class StandIn(Accelerators):
