@@ -156,7 +156,8 @@ class Residency:
                 root = held.root
                 if root.backing is not None and root.backing.memory is None:
                     self._decide()
-                if self._streaming.to_stream(root) is not None:
+                goes_to_one = self._devices.is_one(device)
+                if not goes_to_one and self._streaming.to_stream(root) is not None:
                     self._streaming.note_read(root)
                     if root.state is State.BENEATH:
                         self.vacate_mapped(root)  # from when it was mapped
