@@ -10,6 +10,7 @@ from diskoffload.residency.held import Backing
 from diskoffload.store.encoded import EncodedTensor
 from diskoffload.store.folder import Folder
 from diskoffload.store.header import ALIGNMENT_BYTES
+from diskoffload.store.pieces import Streamable
 from diskoffload.store.shard import Shard
 from diskoffload.store.stored import ShardTensor, Stored, StridedTensor
 from diskoffload.store.writer import Ticket, digest_of
@@ -53,6 +54,13 @@ class DiskBacking:
     def plain_stored(self) -> ShardTensor | None:
         """The tensor in a file whose bytes are the value's, if there is one."""
         return self.stored if isinstance(self.stored, ShardTensor) else None
+
+    @property
+    def streamable(self) -> Streamable | None:
+        """The tensor in a file that can be read past the page cache, if there is one."""
+        if isinstance(self.stored, EncodedTensor):
+            return self.stored if self.stored.has_checked_chunks else None
+        return self.plain_stored
 
     def view_of(self, whole: torch.Tensor) -> torch.Tensor:
         """Do nothing: there is no root to view."""

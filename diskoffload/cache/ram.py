@@ -17,6 +17,7 @@ class RamBacking:
 
     root = None
     plain_stored = None
+    streamable = None
 
     def __init__(self, memory: torch.Tensor) -> None:
         # An alias: the object itself may be laid on another device's memory.

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from diskoffload.residency.objects import object_like, uses_of
+from diskoffload.store.pieces import Streamable
 from diskoffload.store.stored import ShardTensor
 from diskoffload.store.writer import Ticket, digest_of
 from diskoffload.system.memory import Memory
@@ -58,6 +59,10 @@ class Backing(Protocol):
     @property
     def plain_stored(self) -> ShardTensor | None:
         """The tensor in a file whose bytes are the value's, if there is one."""
+
+    @property
+    def streamable(self) -> Streamable | None:
+        """The tensor in a file that can be read past the page cache, if there is one."""
 
     def view_of(self, whole: torch.Tensor) -> torch.Tensor:
         """Give that view of the root's memory."""

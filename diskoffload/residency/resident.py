@@ -32,8 +32,7 @@ from diskoffload.residency.storages import Storages, become_view, root_of
 from diskoffload.residency.streaming import Mode, Streaming
 from diskoffload.residency.watching import Watching
 from diskoffload.residency.window import Window
-from diskoffload.store.shard import buffer_bytes
-from diskoffload.store.stored import ShardTensor
+from diskoffload.store.pieces import Streamable, pieces_of
 from diskoffload.store.writer import Ticket
 from diskoffload.system.accelerators import Accelerators
 from diskoffload.system.headroom import Headroom
@@ -243,9 +242,9 @@ class Residency:
         self.loaded_count += 1
         self._watching.wake()
 
-    def _stream(self, held: Held, stored: ShardTensor) -> None:
-        nbytes = stored.spec.nbytes
-        self.make_room(buffer_bytes(stored.spec))
+    def _stream(self, held: Held, stored: Streamable) -> None:
+        nbytes = stored.nbytes
+        self.make_room(pieces_of(stored).room_bytes)
         value, digest, fill = self._streaming.take(held, stored)
         held.lay(value, State.LOADED, digest)
         held.buffer = fill.buffer

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from diskoffload.residency.held import Backing, Held, State
+from diskoffload.store.pieces import Streamable
 from diskoffload.store.stored import ShardTensor
 from diskoffload.store.writer import Ticket
 
@@ -75,6 +76,11 @@ class ViewBacking:
     @property
     def plain_stored(self) -> ShardTensor | None:
         """Answer ``None``: the root's bytes are read."""
+        return None
+
+    @property
+    def streamable(self) -> Streamable | None:
+        """Answer ``None``: the root is streamed."""
         return None
 
     @property

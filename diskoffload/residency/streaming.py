@@ -23,8 +23,7 @@ from diskoffload.residency.foresight import Foresight
 from diskoffload.residency.held import Held, State
 from diskoffload.store.buffers import Buffers
 from diskoffload.store.fills import Fill, Filling
-from diskoffload.store.shard import buffer_bytes
-from diskoffload.store.stored import ShardTensor
+from diskoffload.store.pieces import Streamable, pieces_of
 
 Mode = Literal["auto", "mapped", "streamed"]
 """How weights are held that lie on disk as they are used, on the CPU."""
@@ -79,7 +78,7 @@ class Streaming:
             return
         self._decide_again_at = now_seconds + _DECIDE_EVERY_SECONDS
         wanted_bytes = sum(
-            one.spec.nbytes for one in map(self._stored_of, self._foresight.entries()) if one
+            one.nbytes for one in map(self._stored_of, self._foresight.entries()) if one
         )
         if not wanted_bytes:
             return
@@ -96,14 +95,14 @@ class Streaming:
                 bound_by(),
             )
 
-    def to_stream(self, held: Held) -> ShardTensor | None:
+    def to_stream(self, held: Held) -> Streamable | None:
         """Give what an entry is to be streamed from; ``None`` if it is to be held otherwise."""
         return self._stored_of(held) if self.is_on else None
 
-    def _stored_of(self, held: Held) -> ShardTensor | None:
+    def _stored_of(self, held: Held) -> Streamable | None:
         backing = held.backing
-        stored = None if backing is None else backing.plain_stored
-        return stored if stored is not None and stored.spec.nbytes >= self.least_bytes else None
+        stored = None if backing is None else backing.streamable
+        return stored if stored is not None and stored.nbytes >= self.least_bytes else None
 
     # ------------------------------------------------------------------ reading
 
@@ -119,7 +118,7 @@ class Streaming:
             if before is not None and before.state is State.LOADED:
                 before.unpublish()
 
-    def take(self, held: Held, stored: ShardTensor) -> tuple[torch.Tensor, bytes, Fill]:
+    def take(self, held: Held, stored: Streamable) -> tuple[torch.Tensor, bytes, Fill]:
         """Give an entry's value in a buffer, read ahead or now, and its digest.
 
         Raises:
@@ -152,17 +151,17 @@ class Streaming:
             stored = self.to_stream(held)
             if stored is None or held.state is not State.VACANT:
                 continue
-            ahead_bytes += stored.spec.nbytes
+            ahead_bytes += stored.nbytes
             if ahead_bytes > most_bytes:
                 return
-            while used_bytes + stored.spec.nbytes > budget_bytes:
+            while used_bytes + stored.nbytes > budget_bytes:
                 if victims is None:
                     loaded = [one for one in self._foresight.entries() if one.state is State.LOADED]
                     victims = self._foresight.latest_needed_first(loaded)
                 if not victims or self._foresight.is_needed_before(victims[0], held):
                     return
                 used_bytes -= release(victims.pop(0))
-            nbytes = buffer_bytes(stored.spec)
+            nbytes = pieces_of(stored).room_bytes
             self.buffers.shrink(budget_bytes - used_bytes - nbytes, spare_bytes=nbytes)
             self._fills[held] = fill = self._filling.begin(stored, self.buffers)
             used_bytes += fill.nbytes

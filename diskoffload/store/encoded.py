@@ -137,6 +137,11 @@ class EncodedTensor:
     # ------------------------------------------------------------------ chunks
 
     @property
+    def has_checked_chunks(self) -> bool:
+        """Whether it is packed in chunks of which each has a checksum."""
+        return self._codec is not None and self._codec.checks_chunks
+
+    @property
     def chunk_count(self) -> int:
         """How many chunks can be decoded one by one; 0 where nothing is packed."""
         return 0 if self._codec is None else len(self.chunks)

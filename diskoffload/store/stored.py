@@ -78,6 +78,11 @@ class ShardTensor:
         self.shape = spec.shape
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the value."""
+        return self.spec.nbytes
+
+    @property
     def shards(self) -> tuple[Shard, ...]:
         """The one file."""
         return (self.shard,)

@@ -169,7 +169,13 @@ def test_what_compiled_code_keeps_can_be_released(net: Net, way: str, caplog: An
     run = compiled(net)
     with caplog.at_level(logging.WARNING, "diskoffload"):
         assert torch.equal(run(IDS), plain(IDS))
-    loads = way in ("cpu-elsewhere", "zstd-written", "opened-cast", "disk-streamed")
+    loads = way in (
+        "cpu-elsewhere",
+        "zstd-written",
+        "opened-cast",
+        "disk-streamed",
+        "zstd-streamed",
+    )
     assert ("keeps all that it reads" in caplog.text) == loads
     if way == "plain":
         return

@@ -24,9 +24,10 @@ WAYS = (
     "opened",
     "opened-cast",
     "disk-streamed",
+    "zstd-streamed",
 )
 # What they do others do too, nearly: the whole contract on them is for the slow tests.
-SLOW_WAYS = ("cpu-elsewhere", "opened-cast")
+SLOW_WAYS = ("cpu-elsewhere", "opened-cast", "zstd-streamed")
 DISK_WAYS = tuple(way for way in WAYS if not way.startswith(("plain", "cpu")))
 
 
