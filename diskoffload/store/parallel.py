@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
+
+from diskoffload.system.processors import processor_count
 
 # More would take the processor from whoever computes meanwhile, and the decoder outruns
 # most disks with two.
@@ -13,11 +14,7 @@ _MOST_THREADS = 4
 
 def threads_for(count: int) -> int:
     """Tell how many threads should share so many pieces of work."""
-    if hasattr(os, "sched_getaffinity"):
-        processors = len(os.sched_getaffinity(0))
-    else:
-        processors = os.cpu_count() or 1
-    return max(1, min(count, processors, _MOST_THREADS))
+    return max(1, min(count, processor_count(), _MOST_THREADS))
 
 
 class _Numbers:

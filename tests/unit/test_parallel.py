@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 
@@ -87,10 +88,8 @@ def test_a_forked_child_shares_work_too() -> None:
 def test_no_more_threads_than_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert threads_for(1) == threads_for(0) == 1
-    if hasattr(parallel.os, "sched_getaffinity"):
+    if hasattr(os, "sched_getaffinity"):
         for processors, wanted in ((1, 1), (2, 2), (64, 4)):
-            monkeypatch.setattr(
-                parallel.os, "sched_getaffinity", lambda _, n=processors: set(range(n))
-            )
+            monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=processors: set(range(n)))
             assert threads_for(1000) == wanted
             assert threads_for(2) == min(2, wanted)
