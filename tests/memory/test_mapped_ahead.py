@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from linux_only import linux_only
+from page_cache import cached_pages
 from safetensors.torch import save_file
 
 import diskoffload
@@ -50,23 +50,15 @@ def checkpoint(disk_path: Path) -> Path:
 
 def cached_layers(file: Path) -> set[int]:
     """Find the layers of which a page in the middle is in the page cache; reads nothing."""
-    size_bytes = file.stat().st_size
-    flags = (ctypes.c_ubyte * -(-size_bytes // mmap.PAGESIZE))()
-    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, mmap.MAP_PRIVATE) as mapped:
-        libc = ctypes.CDLL(None, use_errno=True)
-        start = ctypes.c_char.from_buffer(mapped)
-        try:
-            address = ctypes.c_void_p(ctypes.addressof(start))
-            assert libc.mincore(address, ctypes.c_size_t(size_bytes), flags) == 0
-        finally:
-            del start
-        header_bytes = LENGTH_BYTES + int.from_bytes(mapped[:LENGTH_BYTES], "little")
+    flags = cached_pages(file)
+    with file.open("rb") as opened:
+        header_bytes = LENGTH_BYTES + int.from_bytes(opened.read(LENGTH_BYTES), "little")
     names = sorted(f"{n}.weight" for n in range(LAYERS))  # as save_file lays them out
     middles = [header_bytes + place * 4 * MIB + 2 * MIB for place in range(LAYERS)]
     return {
         int(name.partition(".")[0])
         for name, middle in zip(names, middles, strict=True)
-        if flags[middle // mmap.PAGESIZE] & 1
+        if flags[middle // mmap.PAGESIZE]
     }
 
 
