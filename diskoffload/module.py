@@ -17,6 +17,7 @@ from diskoffload.errors import AlreadyOffloadedError, InvalidInputError
 from diskoffload.forward import unwrap_forward, wrap_forward
 from diskoffload.store.folder import Folder
 from diskoffload.store.open_folders import open_folders
+from diskoffload.system.devices import usable_device
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 
@@ -113,7 +114,24 @@ def reoffload_module(
         kwargs["compression"] = kwargs.get("compression") or cache.compression
     kwargs["name"] = kwargs.get("name") or cache.name
     kwargs["residency"] = kwargs.get("residency") or cache.residency
+    if offload_device == "disk" and _are_made_with(module, onload_device, offload_dir, kwargs):
+        return
     _replace_caches(module, onload_device, offload_device, offload_dir=offload_dir, **kwargs)
+
+
+def _are_made_with(
+    module: torch.nn.Module,
+    onload_device: Device,
+    offload_dir: Folder | Path | str | None,
+    options: Mapping[str, Any],
+) -> bool:
+    """Whether a module is on disk already just as is asked for; of 50,000 that is most."""
+    device = usable_device(onload_device)
+    return isinstance(offload_dir, Folder) and all(
+        isinstance(cache, DiskCache)
+        and cache.is_made_with(device, **{"compression": None, **options}, offload_dir=offload_dir)
+        for cache in caches_of(module) or (None,)
+    )
 
 
 def _replace_caches(

@@ -158,7 +158,24 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
         )
         if offload_device is not None:
             self._check_offload_device(offload_device)
-        tracing.register(self)
+
+    def like(self: _Cache, name: str) -> _Cache:
+        """Give an empty cache for the module of that name, which offloads as this one does.
+
+        It costs half of what the constructor does, and a model has thousands.
+        """
+        made: _Cache = object.__new__(type(self))
+        own: dict[str, Any] = {
+            "_held": {},
+            "_published": {},
+            "name": name,
+            "born": {},
+            "traced": {},
+        }
+        # One by one: instances of a class then share their dictionaries' keys.
+        for attribute, value in self.__dict__.items():
+            object.__setattr__(made, attribute, own.get(attribute, value))
+        return made
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Not a property: dynamo would take hold of every tensor before its memory is settled.
@@ -193,10 +210,6 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
     @abstractmethod
     def update_offload(self, offloaded: torch.Tensor, data: torch.Tensor | None) -> None:
         """Give an offloaded tensor a new value, taken at the call."""
-
-    @abstractmethod
-    def _like(self) -> OffloadCache:
-        """Give an empty cache that offloads as this one does."""
 
     @abstractmethod
     def _back(self, tensor: torch.Tensor) -> tuple[Backing, State, bool]:
@@ -254,7 +267,7 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
             tracing.replace(self, key, held)
             self._drop(key, old)
             if held is None:
-                self._held[key] = self._published[key] = None
+                self._show_none(key)
             else:
                 self._show(key, held)
 
@@ -290,7 +303,7 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadCache:
         """Copy the cache; what is unchanged on disk is read from there, not copied."""
-        made = self._like()
+        made = self.like(self.name)
         made.born.update(self.born)
         memo[id(self)] = made
         with self.residency.lock:
@@ -413,7 +426,7 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
     def _take_over(self, key: Any, held: Held | None) -> None:
         """Bind an entry of another cache, and move its value to where this cache keeps it."""
         if held is None:
-            self._held[key] = self._published[key] = None
+            self._show_none(key)
             return
         root = held.root
         if root.backing is not None and not self._accepts(root):
@@ -424,8 +437,15 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
             self._rebase(root)
         self._show(key, held)
 
+    def _show_none(self, key: Any) -> None:
+        if not self._held:
+            tracing.register(self)
+        self._held[key] = self._published[key] = None
+
     def _show(self, key: Any, held: Held) -> None:
         with self.residency.lock:
+            if not self._held:
+                tracing.register(self)  # not before: half of a model's caches stay empty
             self._held[key] = held
             held.bind(Showing(self._published, key, self.onload_device))
             self.residency.expect(held)

@@ -169,18 +169,34 @@ class DiskCache(OffloadCache, kind="disk"):
                 _log.warning("could not give back space in %s: %s", self.folder.path, error)
         return held
 
+    def is_made_with(self, onload_device: torch.device, **options: Any) -> bool:
+        """Whether a new cache made with these options would hold every entry just as this does.
+
+        Args:
+            onload_device: where it should bring tensors.
+            **options: as for the constructor, ``offload_dir`` as a folder.
+        """
+        mine = {
+            "offload_dir": self.folder,
+            "compression": self.compression,
+            "name": self.name,
+            "residency": self.residency,
+        }
+        if onload_device != self.onload_device or options != mine:
+            return False
+        return all(held is None or self._is_based_here(held.root) for held in self._held.values())
+
+    def _is_based_here(self, held: Held) -> bool:
+        backing = held.backing
+        return backing is None or (
+            isinstance(backing, DiskBacking)
+            and backing.folder is self.folder
+            and backing.compression == self.compression
+        )
+
     def _is_mine(self, held: Held) -> bool:
         backing = held.root.backing
         return isinstance(backing, DiskBacking) and backing.folder is self.folder
-
-    def _like(self) -> DiskCache:
-        return DiskCache(
-            self.onload_device,
-            offload_dir=self.folder,
-            compression=self.compression,
-            name=self.name,
-            residency=self.residency,
-        )
 
     def _back(self, tensor: torch.Tensor) -> tuple[Backing, State, bool]:
         if tensor.device.type == "meta":

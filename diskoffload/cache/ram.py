@@ -87,11 +87,6 @@ class RamCache(OffloadCache):
         if data is not None:
             self.residency.update(self._entry(offloaded), data, self.onload_device)
 
-    def _like(self) -> RamCache:
-        return type(self)(
-            self.onload_device, self.offload_device, name=self.name, residency=self.residency
-        )
-
     def _place(self) -> torch.device:
         return torch.device(self.offload_device)
 

@@ -208,17 +208,23 @@ class _CacheOptions:
 
 
 def _check_plain(model: torch.nn.Module) -> None:
-    real = [name for name, parameter in model.named_parameters() if not parameter.is_meta]
-    if real:
-        raise InvalidInputError(
-            f"{len(real)} parameters of the model have values already, {real[0]!r} among them; "
-            "give a model built on the meta device (with torch.device('meta'): ...)"
-        )
-    offloaded = [name for name, module in model.named_modules() if is_offloaded(module)]
+    modules = list(model.named_modules())
+    offloaded = [name for name, module in modules if is_offloaded(module)]
     if offloaded:
         raise AlreadyOffloadedError(
             f"{len(offloaded)} modules of the model are offloaded already, {offloaded[0]!r} among "
             "them; give a model built on the meta device (with torch.device('meta'): ...)"
+        )
+    real = [
+        f"{prefix}.{key}" if prefix else key
+        for prefix, module in modules
+        for key, parameter in module._parameters.items()
+        if parameter is not None and not parameter.is_meta
+    ]
+    if real:
+        raise InvalidInputError(
+            f"{len(real)} parameters of the model have values already, {real[0]!r} among them; "
+            "give a model built on the meta device (with torch.device('meta'): ...)"
         )
 
 
@@ -355,16 +361,19 @@ def _bind(
         made[id(tensor)] = held
         return held
 
-    for prefix, module in model.named_modules():
+    empty = options.cache("")
+    for prefix, module in list(model.named_modules()):
         caches = []
         for mapping in (module._parameters, module._buffers):
-            cache = options.cache(prefix)
+            cache = empty.like(prefix)
             for key, tensor in mapping.items():
                 if tensor is None:
                     cache[key] = None
                 else:
-                    cache.bind_lazily(key, held_for(tensor, f"{prefix}.{key}" if prefix else key))
-                    cache.born[key] = tensor.dtype, tuple(tensor.shape)
+                    held = held_for(tensor, f"{prefix}.{key}" if prefix else key)
+                    cache.bind_lazily(key, held)
+                    assert held.backing is not None  # it was just made with one
+                    cache.born[key] = held.backing.layout
             caches.append(cache)
         attach_caches(module, *caches)
     shapes = {name: tuple(tensors[name].shape) for name in found.recipes}

@@ -14,7 +14,7 @@ Region = tuple[slice | int, ...]
 """An index of basic slices and integers; ``()`` is the whole tensor."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """One stored tensor's part in a model's tensor.
 
@@ -38,7 +38,7 @@ class Piece:
         return not self.target and not self.region and self.permutation is None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """The pieces that tile one model tensor exactly, each element by one piece."""
 
