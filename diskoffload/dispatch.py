@@ -208,13 +208,14 @@ def offload_model(
         compression=compression,
         mode=mode,
     )
-    tensors = dict(tensor for size in module_sizes(model) for tensor in size.tensors)
-    _log.info(
-        "offloading: %s wait on %s, each layer runs on %s as it is needed",
-        format_bytes(sum(tensors.values())),
-        offload_device,
-        onload_device,
-    )
+    if _log.isEnabledFor(logging.INFO):
+        tensors = dict(tensor for size in module_sizes(model) for tensor in size.tensors)
+        _log.info(
+            "offloading: %s wait on %s, each layer runs on %s as it is needed",
+            format_bytes(sum(tensors.values())),
+            offload_device,
+            onload_device,
+        )
     return model
 
 

@@ -406,7 +406,7 @@ class Residency:
                 self._freed_bytes += held.nbytes
             self._settle()
             if write:
-                self._write_back(held)
+                self._write(held)
 
     def _became_view(self, held: Held) -> bool:
         """Tie an entry to the one whose bytes its value shares, if there is one."""
@@ -438,8 +438,13 @@ class Residency:
             return
         if held.state is State.LOADED and not held.is_changed():
             return
-        if self._became_view(held):
-            return
+        if not self._became_view(held):
+            self._write(held)
+
+    def _write(self, held: Held) -> None:
+        """Have the backing take an entry's value, which nothing else lies on."""
+        assert held.tensor is not None
+        assert held.backing is not None
         if held.ticket is not None:
             held.ticket.cancel()  # before it is begun for want of room
         outcome = held.backing.rewrite(held.name, held.tensor.detach())
@@ -599,12 +604,16 @@ class Residency:
                     self._write_back(root)
             chosen += roots
             _flush(chosen)
-            # A write that had begun before this call may have stored an older value.
+            self._settle()
+            # A write that had begun before this call may have stored an older value. What was
+            # settled just now was compared with its digest there.
             older = [held for held in chosen if held.state is State.FRESH and not held.is_stored()]
             for held in older:
-                self._write_back(held)
-            _flush(older)
-            self._settle()
+                if held.ticket is None or held.ticket.cancelled or held.ticket.stored is not None:
+                    self._write_back(held)
+            if older:
+                _flush(older)
+                self._settle()
             return same
 
 
