@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -16,16 +15,11 @@ from diskoffload.store.digests import (
     digests_to_come,
     needs_digest,
 )
-from diskoffload.store.direct_writes import STEP_BYTES, DirectWrites
 from diskoffload.store.header import LENGTH_BYTES, Header, Planned, build_header, parse_header
-from diskoffload.system.files import BLOCK_BYTES, Files
+from diskoffload.store.partial_file import PartialFile, partial_path
+from diskoffload.system.files import Files
 
-_WRITE_STEP_BYTES = 8 << 20
-_WRITE_BEHIND_BYTES = 64 << 20
-# Smaller files fit the page cache, and are likely read from there soon.
-_DIRECT_FROM_BYTES = 32 << 20
-# Less at a time a disk takes slower than the page cache does.
-_LEAST_DIRECT_BYTES = 1 << 20
+_COPY_STEP_BYTES = 8 << 20
 _READ_BACK_BYTES = 1 << 20
 
 Left = Literal["published", "begun", "nothing"]
@@ -42,8 +36,7 @@ def left_of(
     raw, header = _plan(list(tensors), metadata, fill=False)
     if _is_the_one(path, len(raw), header, files):
         return "published"
-    partial = path.with_name(path.name + ".partial")
-    return "begun" if _is_the_one(partial, len(raw), header, files) else "nothing"
+    return "begun" if _is_the_one(partial_path(path), len(raw), header, files) else "nothing"
 
 
 def _plan(
@@ -106,11 +99,11 @@ class ShardWriter:
         raw, header = _plan(planned, metadata, fill=fill)
         # Refused before it is begun, though another process may take the room all the same.
         files.check_space(path.parent, header.file_bytes)
-        partial = path.with_name(path.name + ".partial")
+        partial = partial_path(path)
         self._set_up(path, planned, fill, header, files, files.create(partial))
         try:
-            self._put(memoryview(raw), 0)
-            files.set_size(self._fd, self.header.file_bytes, self._partial)
+            self._file.put(memoryview(raw), 0)
+            files.set_size(self._file.fd, self.header.file_bytes, partial)
         except BaseException:
             self.abandon()
             raise
@@ -137,7 +130,7 @@ class ShardWriter:
         """
         planned = list(tensors)
         raw, header = _plan(planned, metadata, fill=False)
-        partial = path.with_name(path.name + ".partial")
+        partial = partial_path(path)
         names = finished.keys() & header.specs.keys()
         if not names or not _is_the_one(partial, len(raw), header, files):
             if names:
@@ -166,33 +159,14 @@ class ShardWriter:
         self.digests: dict[str, str] = {}
         self._planned, self._fill = planned, fill
         self._begun: dict[str, tuple[int, xxhash.xxh3_128]] = {}
-        self._step = bytearray()
         self._files = files
-        self._partial = path.with_name(path.name + ".partial")
-        self._since_flush_bytes = 0
-        self._sync_failed = False
-        self._name_is_durable = False
-        self._fd = fd
-        self._direct: DirectWrites | None = None
-        self._may_go_direct = header.file_bytes >= _DIRECT_FROM_BYTES
+        self._file = PartialFile(path, files, fd, header.file_bytes)
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.abandon()
-
-    def _put(self, data: memoryview, offset: int) -> None:
-        self._files.write(self._fd, data, offset, self._partial)
-        self._account(len(data))
-
-    def _account(self, nbytes: int) -> None:
-        self._since_flush_bytes += nbytes
-        if self._since_flush_bytes >= _WRITE_BEHIND_BYTES:
-            # Else a container's memory fills with dirty pages and the writer is throttled.
-            self._sync_data()
-            self._files.drop_from_cache(self._fd, 0, 0)
-            self._since_flush_bytes = 0
 
     def write_part(self, name: str, data: memoryview) -> None:
         """Write the next bytes of a tensor; the last ones make it complete.
@@ -202,60 +176,8 @@ class ShardWriter:
         spec = self.header.specs[name]
         done, digest = self._begun.get(name) or (0, xxhash.xxh3_128())
         assert done + len(data) <= spec.nbytes
-        begin = 0
-        while begin < len(data):
-            offset = spec.offset + done
-            direct_bytes = self._direct_bytes(offset, len(data) - begin)
-            if direct_bytes:
-                assert self._direct is not None  # it was just used or begun
-                step = self._direct.write(data[begin : begin + direct_bytes], offset)
-                digest.update(step)
-            else:
-                step = data[begin : begin + self._buffered_bytes(offset, len(data) - begin)]
-                if not step.readonly:
-                    step = self._copied(step)
-                digest.update(step)
-                self._put(step, offset)
-            begin += len(step)
-            done += len(step)
-        self._count(name, done, digest)
-
-    def _direct_bytes(self, offset: int, nbytes: int) -> int:
-        """Tell how many of the next bytes are to be written past the page cache; 0 for none."""
-        if offset % BLOCK_BYTES or nbytes < _LEAST_DIRECT_BYTES or not self._goes_direct():
-            return 0
-        return min(nbytes // BLOCK_BYTES * BLOCK_BYTES, STEP_BYTES)
-
-    def _buffered_bytes(self, offset: int, nbytes: int) -> int:
-        """Tell how many to write through it: up to where a block begins, if that is then left."""
-        to_block_bytes = -offset % BLOCK_BYTES
-        if nbytes - to_block_bytes < _LEAST_DIRECT_BYTES or not self._goes_direct():
-            return _WRITE_STEP_BYTES
-        return to_block_bytes
-
-    def _goes_direct(self) -> bool:
-        if self._may_go_direct and self._direct is None:
-            fd = self._files.open_for_writing_past_cache(self._partial)
-            self._may_go_direct = fd is not None
-            if fd is not None:
-                self._direct = DirectWrites(self._files, self._partial, fd)
-        return self._may_go_direct
-
-    def _end_direct(self) -> None:
-        """Wait for what goes past the page cache; what follows goes through it."""
-        direct, self._direct, self._may_go_direct = self._direct, None, False
-        if direct is not None:
-            try:
-                direct.wait()
-            finally:
-                direct.close()
-
-    def _copied(self, step: memoryview) -> memoryview:
-        if not self._step:
-            self._step = bytearray(min(_WRITE_STEP_BYTES, self.header.file_bytes))
-        copy = memoryview(self._step)[: len(step)]
-        copy[:] = step
-        return copy
+        self._file.write(data, spec.offset + done, digest)
+        self._count(name, done + len(data), digest)
 
     def _count(self, name: str, done: int, digest: xxhash.xxh3_128) -> None:
         if done < self.header.specs[name].nbytes:
@@ -280,19 +202,19 @@ class ShardWriter:
 
         They are read once more, from the page cache, for their digest.
         """
-        spec = self.header.specs[name]
+        spec, file = self.header.specs[name], self._file
         done, digest = 0, xxhash.xxh3_128()
         buffer = memoryview(bytearray(min(_READ_BACK_BYTES, spec.nbytes)))
         while done < spec.nbytes:
-            step = min(_WRITE_STEP_BYTES, spec.nbytes - done)
+            step = min(_COPY_STEP_BYTES, spec.nbytes - done)
             self._files.copy_range(
-                source_fd, source_offset + done, self._fd, spec.offset + done, step, self._partial
+                source_fd, source_offset + done, file.fd, spec.offset + done, step, file.partial
             )
             for begin in range(done, done + step, _READ_BACK_BYTES):
                 part = buffer[: min(_READ_BACK_BYTES, done + step - begin)]
-                self._files.read_into(self._fd, part, spec.offset + begin, self._partial)
+                self._files.read_into(file.fd, part, spec.offset + begin, file.partial)
                 digest.update(part)
-            self._account(step)
+            file.account(step)
             done += step
         self._count(name, done, digest)
 
@@ -308,19 +230,7 @@ class ShardWriter:
                 has its name by then, the file is still there to :meth:`abandon` or to leave.
         """
         self._complete()
-        self._end_direct()
-        if durable:
-            self._sync_data()
-        self._files.rename(self._partial, self.path)
-        fd, self._fd = self._fd, -1
-        try:
-            self._files.close(fd)
-        except BaseException:
-            self._files.remove(self.path)
-            raise
-        if durable:
-            self._files.sync_folder(self.path.parent)
-        return self.path
+        return self._file.publish(durable=durable)
 
     def _complete(self) -> None:
         """Put the digests into the header."""
@@ -338,7 +248,7 @@ class ShardWriter:
         metadata = {**self.header.metadata, DIGESTS_KEY: digests_as_text(self.header, digests)}
         raw, header = build_header(self._planned, metadata, fill=self._fill)
         assert header.data_offset == self.header.data_offset
-        self._put(memoryview(raw), 0)
+        self._file.put(memoryview(raw), 0)
 
     def sync(self) -> None:
         """Make what was written so far durable, and that the file is there.
@@ -348,30 +258,11 @@ class ShardWriter:
                 the system may report a lost write only once. What an earlier call made durable
                 stays so.
         """
-        self._sync_data()
-        if not self._name_is_durable:
-            self._files.sync_folder(self.path.parent)
-            self._name_is_durable = True
-
-    def _sync_data(self) -> None:
-        if self._sync_failed or self._fd < 0:
-            raise StorageError(
-                errno.EIO, "could not sync the file: that failed before", str(self._partial)
-            )
-        self._sync_failed = True
-        if self._direct is not None:
-            self._direct.wait()
-        self._files.sync(self._fd, self._partial)
-        self._sync_failed = False
+        self._file.sync()
 
     def leave(self) -> None:
         """Close the file and leave it as it is, for :meth:`resumed`."""
-        fd, self._fd = self._fd, -1
-        try:
-            self._end_direct()
-        finally:
-            if fd >= 0:
-                self._files.close(fd)
+        self._file.leave()
 
     def suspend(self) -> None:
         """Make what was written so far durable and leave it, for :meth:`resumed`."""
@@ -380,14 +271,4 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Remove what was written, unless it was published."""
-        direct, self._direct = self._direct, None
-        fd, self._fd = self._fd, -1
-        try:
-            if direct is not None:
-                direct.close()
-        finally:
-            if fd >= 0:
-                try:
-                    self._files.close(fd)
-                finally:
-                    self._files.remove(self._partial)
+        self._file.abandon()

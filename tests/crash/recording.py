@@ -16,7 +16,7 @@ import pytest
 
 import diskoffload.store.folder
 import diskoffload.store.journal
-import diskoffload.store.shard_writer
+import diskoffload.store.partial_file
 from diskoffload.system.files import BLOCK_BYTES, Files, naming_faults
 from diskoffload.system.memory import Memory
 
@@ -33,8 +33,8 @@ def using(files: Files) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(diskoffload.store.folder, "Files", lambda: files)
         patch.setattr(diskoffload.store.journal, "_LEAST_DEAD_BYTES", 0)
-        patch.setattr(diskoffload.store.shard_writer, "_DIRECT_FROM_BYTES", 0)
-        patch.setattr(diskoffload.store.shard_writer, "_LEAST_DIRECT_BYTES", BLOCK_BYTES)
+        patch.setattr(diskoffload.store.partial_file, "_DIRECT_FROM_BYTES", 0)
+        patch.setattr(diskoffload.store.partial_file, "_LEAST_DIRECT_BYTES", BLOCK_BYTES)
         yield
 
 

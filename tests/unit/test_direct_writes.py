@@ -14,7 +14,7 @@ from page_cache import cached_pages
 from safetensors.torch import load_file
 
 from diskoffload.errors import StorageError
-from diskoffload.store import shard_writer
+from diskoffload.store import partial_file
 from diskoffload.store.shard import Shard
 from diskoffload.store.shard_writer import ShardWriter
 from diskoffload.system.files import BLOCK_BYTES, Files
@@ -25,8 +25,8 @@ SIZES = (5, BLOCK_BYTES, 3 * BLOCK_BYTES + 17, 8_400_000, 1, 20_000_003, 64)
 
 @pytest.fixture(autouse=True)
 def small_files_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_writer, "_DIRECT_FROM_BYTES", 0)
-    monkeypatch.setattr(shard_writer, "_LEAST_DIRECT_BYTES", BLOCK_BYTES)
+    monkeypatch.setattr(partial_file, "_DIRECT_FROM_BYTES", 0)
+    monkeypatch.setattr(partial_file, "_LEAST_DIRECT_BYTES", BLOCK_BYTES)
 
 
 class Recorded(Files):

@@ -1,0 +1,207 @@
+"""A file being written under another name until it is whole.
+
+What is large goes past the page cache, where the file system can; the rest is synced now and
+then, so that a container's memory does not fill with what waits to be written.
+"""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import xxhash
+
+from diskoffload.errors import StorageError
+from diskoffload.store.direct_writes import STEP_BYTES, DirectWrites
+from diskoffload.system.files import BLOCK_BYTES, Files
+
+_WRITE_STEP_BYTES = 8 << 20
+_WRITE_BEHIND_BYTES = 64 << 20
+# Smaller files fit the page cache, and are likely read from there soon.
+_DIRECT_FROM_BYTES = 32 << 20
+# Less at a time a disk takes slower than the page cache does.
+_LEAST_DIRECT_BYTES = 1 << 20
+
+
+def partial_path(path: Path) -> Path:
+    """Give the name of a file that is not whole yet."""
+    return path.with_name(path.name + ".partial")
+
+
+class PartialFile:
+    """A file that has its name only when it is published; until then ``.partial`` follows it.
+
+    Not thread-safe.
+
+    Attributes:
+        path: the final name.
+        partial: the name until then.
+        fd: the open file; -1 when it was closed.
+    """
+
+    def __init__(self, path: Path, files: Files, fd: int, size_bytes: int) -> None:
+        """Take charge of the open file of the name ``partial_path(path)``.
+
+        Args:
+            path: the final name.
+            files: the file operations.
+            fd: a descriptor for reading and writing.
+            size_bytes: what it will have, about; a large one is written past the page cache.
+        """
+        self.path = path
+        self.partial = partial_path(path)
+        self.fd = fd
+        self._files = files
+        self._step = bytearray()
+        self._size_bytes = size_bytes
+        self._since_flush_bytes = 0
+        self._sync_failed = False
+        self._name_is_durable = False
+        self._direct: DirectWrites | None = None
+        self._may_go_direct = size_bytes >= _DIRECT_FROM_BYTES
+
+    def put(self, data: memoryview, offset: int) -> None:
+        """Write bytes that nobody changes meanwhile, through the page cache."""
+        self._files.write(self.fd, data, offset, self.partial)
+        self.account(len(data))
+
+    def account(self, nbytes: int) -> None:
+        """Count what was written through the page cache, and see to it that not too much waits."""
+        self._since_flush_bytes += nbytes
+        if self._since_flush_bytes >= _WRITE_BEHIND_BYTES:
+            # Else a container's memory fills with dirty pages and the writer is throttled.
+            self.sync_data()
+            self._files.drop_from_cache(self.fd, 0, 0)
+            self._since_flush_bytes = 0
+
+    def write(self, data: memoryview, offset: int, digest: xxhash.xxh3_128 | None = None) -> None:
+        """Write bytes; what is in the file agrees with the digest whoever changes them meanwhile.
+
+        Where blocks can go past the page cache the file must be long enough already.
+        """
+        begin = 0
+        while begin < len(data):
+            at = offset + begin
+            direct_bytes = self._direct_bytes(at, len(data) - begin)
+            if direct_bytes:
+                assert self._direct is not None  # it was just used or begun
+                step = self._direct.write(data[begin : begin + direct_bytes], at)
+                if digest is not None:
+                    digest.update(step)
+            else:
+                step = data[begin : begin + self._buffered_bytes(at, len(data) - begin)]
+                if not step.readonly:
+                    step = self._copied(step)
+                if digest is not None:
+                    digest.update(step)
+                self.put(step, at)
+            begin += len(step)
+
+    def _direct_bytes(self, offset: int, nbytes: int) -> int:
+        """Tell how many of the next bytes are to be written past the page cache; 0 for none."""
+        if offset % BLOCK_BYTES or nbytes < _LEAST_DIRECT_BYTES or not self._goes_direct():
+            return 0
+        return min(nbytes // BLOCK_BYTES * BLOCK_BYTES, STEP_BYTES)
+
+    def _buffered_bytes(self, offset: int, nbytes: int) -> int:
+        """Tell how many to write through it: up to where a block begins, if that is then left."""
+        to_block_bytes = -offset % BLOCK_BYTES
+        if nbytes - to_block_bytes < _LEAST_DIRECT_BYTES or not self._goes_direct():
+            return _WRITE_STEP_BYTES
+        return to_block_bytes
+
+    def _goes_direct(self) -> bool:
+        if self._may_go_direct and self._direct is None:
+            fd = self._files.open_for_writing_past_cache(self.partial)
+            self._may_go_direct = fd is not None
+            if fd is not None:
+                self._direct = DirectWrites(self._files, self.partial, fd)
+        return self._may_go_direct
+
+    def end_direct(self) -> None:
+        """Wait for what goes past the page cache; what follows goes through it."""
+        direct, self._direct, self._may_go_direct = self._direct, None, False
+        if direct is not None:
+            try:
+                direct.wait()
+            finally:
+                direct.close()
+
+    def _copied(self, step: memoryview) -> memoryview:
+        if not self._step:
+            self._step = bytearray(min(_WRITE_STEP_BYTES, max(self._size_bytes, len(step))))
+        copy = memoryview(self._step)[: len(step)]
+        copy[:] = step
+        return copy
+
+    def sync(self) -> None:
+        """Make what was written so far durable, and that the file is there.
+
+        Raises:
+            StorageError: it is not, or perhaps not; then neither is it at any later call, since
+                the system may report a lost write only once. What an earlier call made durable
+                stays so.
+        """
+        self.sync_data()
+        if not self._name_is_durable:
+            self._files.sync_folder(self.path.parent)
+            self._name_is_durable = True
+
+    def sync_data(self) -> None:
+        """Make what was written so far durable; raises as :meth:`sync` does."""
+        if self._sync_failed or self.fd < 0:
+            raise StorageError(
+                errno.EIO, "could not sync the file: that failed before", str(self.partial)
+            )
+        self._sync_failed = True
+        if self._direct is not None:
+            self._direct.wait()
+        self._files.sync(self.fd, self.partial)
+        self._sync_failed = False
+
+    def publish(self, *, durable: bool) -> Path:
+        """Give the file its name; nothing may follow.
+
+        Args:
+            durable: wait until file and name are on the device.
+
+        Raises:
+            StorageError: the system refuses. Unless the file has its name by then, it is still
+                there to :meth:`abandon` or to leave.
+        """
+        self.end_direct()
+        if durable:
+            self.sync_data()
+        self._files.rename(self.partial, self.path)
+        fd, self.fd = self.fd, -1
+        try:
+            self._files.close(fd)
+        except BaseException:
+            self._files.remove(self.path)
+            raise
+        if durable:
+            self._files.sync_folder(self.path.parent)
+        return self.path
+
+    def leave(self) -> None:
+        """Close the file and leave it as it is."""
+        fd, self.fd = self.fd, -1
+        try:
+            self.end_direct()
+        finally:
+            if fd >= 0:
+                self._files.close(fd)
+
+    def abandon(self) -> None:
+        """Remove what was written, unless it was published."""
+        direct, self._direct = self._direct, None
+        fd, self.fd = self.fd, -1
+        try:
+            if direct is not None:
+                direct.close()
+        finally:
+            if fd >= 0:
+                try:
+                    self._files.close(fd)
+                finally:
+                    self._files.remove(self.partial)
