@@ -25,7 +25,7 @@ from diskoffload.errors import (
 )
 from diskoffload.integrations.quantization import Scheme, already_quantized, scheme_named
 from diskoffload.integrations.quantization_targets import Targets, find_targets
-from diskoffload.quantize.note import NOTE_NAME
+from diskoffload.resumable.note import NOTE_NAME
 from diskoffload.store.header import Planned
 from diskoffload.store.stored import ShardTensor
 from diskoffload.system.files import Files

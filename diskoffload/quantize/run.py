@@ -8,6 +8,7 @@ written once, into ``OUT.partial``, which becomes ``OUT`` at the end.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,14 +20,17 @@ import torch
 
 from diskoffload.budget import format_bytes
 from diskoffload.checkpoint.publish import check_output, check_space
+from diskoffload.checkpoint.source import CONFIG_NAME
 from diskoffload.errors import StorageError
 from diskoffload.progress import byte_bar
+from diskoffload.quantize.config import config_of_result
 from diskoffload.quantize.convert import copy_in_dtype, load_in_dtype
-from diskoffload.quantize.finish import finish
-from diskoffload.quantize.lock import FolderLock
-from diskoffload.quantize.note import NOTE_NAME
 from diskoffload.quantize.plan import Job, QuantizePlan, prepare
 from diskoffload.quantize.state import SHARD_METADATA, State
+from diskoffload.resumable.finish import finish
+from diskoffload.resumable.interrupted import Interrupted
+from diskoffload.resumable.lock import FolderLock
+from diskoffload.resumable.note import NOTE_NAME
 from diskoffload.store.encoded import EncodedTensor
 from diskoffload.store.shard_writer import ShardWriter
 from diskoffload.store.stored import ShardTensor
@@ -48,10 +52,6 @@ class QuantizeResult:
     plan: QuantizePlan
     out: Path
     resumed: int
-
-
-class Interrupted(KeyboardInterrupt):
-    """Quantizing was asked to stop and did, between two weights; its message says how to go on."""
 
 
 def quantize_checkpoint(
@@ -120,7 +120,7 @@ def carry_out(
     with FolderLock(partial, job.files) as lock:
         check_output(out, overwrite=False)  # another process may have just ended
         state = State(partial, job)
-        check_space(out, max(0, job.plan.written_bytes - state.written_bytes))
+        check_space(out, max(0, job.plan.written_bytes - state.claim.written_bytes))
         state.begin()
         _log.info(
             "quantizing %s to %s: one weight at a time, mapped from the source; at most %s beside "
@@ -134,8 +134,19 @@ def carry_out(
         title = f"Quantizing to {job.scheme.name}"
         with byte_bar(job.plan.read_bytes, title, show=show_progress) as bar:
             _Work(job, partial, state).run(bar, stop)
-        finish(job, partial, out, state, lock)
+        own, source = _own_files(job), job.checkpoint.folder
+        finish(partial, out, own, source, job.files, lock, state.claim)
     return QuantizeResult(job.plan, out, resumed)
+
+
+def _own_files(job: Job) -> dict[str, bytes]:
+    """Give what is written beside the weights."""
+    config = json.dumps(config_of_result(job), indent=2) + "\n"
+    made = {CONFIG_NAME: config.encode("utf-8")}
+    index = job.layout.index_json()
+    if index is not None:
+        made[job.layout.index_name] = index.encode("utf-8")
+    return made
 
 
 def _end_after_all(job: Job, out: Path) -> QuantizeResult:
@@ -147,7 +158,7 @@ def _end_after_all(job: Job, out: Path) -> QuantizeResult:
         if not state.is_complete:
             check_output(out, overwrite=False)
         lock.release()
-        state.forget(out)
+        state.claim.forget(out)
     return QuantizeResult(job.plan, out, len(state.done))
 
 
@@ -185,7 +196,7 @@ class _Work:
                     self._write(name, tensor)
                     self._state.add(name, self._written_bytes(name))
                 self._count_off(name)
-                if self._state.is_due:
+                if self._state.claim.is_due:
                     self._store()
                 bar.update(tensor.spec.nbytes)
         except BaseException:

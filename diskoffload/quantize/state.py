@@ -1,31 +1,22 @@
 """What of a result is done, kept in ``OUT.partial`` so that a later run goes on with it.
 
-The note says whose the folder is, and how many of the source's tensors, in their order, lie
-finished and durable in it. It is renewed every 256 MiB of the result or 30 seconds, after
-the data was synced. Files that have their final name are finished whatever it says.
+The note says how many of the source's tensors, in their order, lie finished and durable in it.
+Files that have their final name are finished whatever it says.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from diskoffload.errors import OutputExistsError, listed
-from diskoffload.quantize.identity import differences, identity_of
-from diskoffload.quantize.lock import LOCK_NAME
-from diskoffload.quantize.note import NEW_NOTE_NAME, read_note, remove_note, write_note
+from diskoffload.errors import listed
+from diskoffload.quantize.identity import identity_of
 from diskoffload.quantize.plan import Job
+from diskoffload.resumable.claim import Claim
 from diskoffload.store.shard_writer import Left, left_of
 
 SHARD_METADATA = {"format": "pt"}
-# What a kill can cost, beside the tensor in hand. A note is 2 KB, and 30 for a source of 200
-# shards. Measured: the seven of a result of 1.6 GB, with what they sync, took 0.15 s of 34.
-NOTE_EVERY_BYTES = 256 << 20
-NOTE_EVERY_SECONDS = 30.0
-_BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's own (stat(2))
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +25,7 @@ class State:
     """What of a job is done in a folder.
 
     Attributes:
+        claim: to the folder.
         done: names of the source's tensors that are.
         published: files of the result that an earlier run had finished.
         kept: by file, the digests of the result's tensors that an earlier run had written to it.
@@ -49,50 +41,15 @@ class State:
         """
         self._folder = folder
         self._job = job
-        self._identity = identity_of(job)
+        self.claim = Claim(folder, job.checkpoint.path, identity_of(job), job.files)
         self._order = list(job.outputs)
         self._prefix = 0
-        self._unnoted_bytes = 0
-        self._noted_seconds = time.monotonic()
         self.done: set[str] = set()
         self.published: frozenset[str] = frozenset()
         self.kept: dict[str, dict[str, str]] = {}
-        note = read_note(folder, job.files)
-        self._is_new = note is None
-        if note is None:
-            self._check_empty()
-        else:
-            self._check_same(note)
-            self._take_stock(note["done"])
-            self._keep(note["digests"])
-
-    def _check_empty(self) -> None:
-        if not self._folder.exists():
-            return
-        # Ours, if a run was killed before it had written its first note.
-        others = {one.name for one in self._folder.iterdir()} - {LOCK_NAME, NEW_NOTE_NAME}
-        if others:
-            raise OutputExistsError(
-                f"{self._folder} is where the result would grow, and it holds "
-                f"{listed(sorted(others))} without a note of whose they are; remove it, or name "
-                "another result"
-            )
-
-    def _check_same(self, note: dict[str, Any]) -> None:
-        told = differences(note["job"], self._identity)
-        if told:
-            raise OutputExistsError(
-                f"{self._folder} holds the unfinished result of another job: {'; '.join(told)}. "
-                "Repeat that command, remove the folder, or name another result"
-            )
-        source = str(self._job.checkpoint.path)
-        if note["source"] != source:
-            _log.info(
-                "the source was %s and is %s: length, time and header of every file are the "
-                "same, and what was compared of their data, so the work goes on",
-                note["source"],
-                source,
-            )
+        if self.claim.note is not None:
+            self._take_stock(self.claim.note["done"])
+            self._keep(self.claim.note["digests"])
 
     def _take_stock(self, noted: int) -> None:
         """Find out what is done: what was noted, or lies in finished files, and is there."""
@@ -129,21 +86,9 @@ class State:
         """Whether every tensor is done."""
         return len(self.done) == len(self._order)
 
-    @property
-    def written_bytes(self) -> int:
-        """Bytes of the result that lie on disk already."""
-        # Blocks, not lengths: a file has its full length from the start.
-        found = [path.stat() for path in self._folder.glob("*.safetensors*")]
-        return sum(getattr(one, "st_blocks", 0) * _BLOCK_BYTES for one in found)
-
     def begin(self) -> None:
         """Say whose the folder is before anything else is in it, or trust what is in it."""
-        if self._is_new:
-            self._job.files.sync_folder(self._folder.parent)
-            self.store({})
-        else:
-            # A killed process may not have come to it, and the next note counts on it.
-            self._job.files.sync_folder(self._folder)
+        self.claim.begin(self._progress({}))
 
     def publish(self, file: str) -> None:
         """Take note that a file of the result has its name now, and says the rest itself."""
@@ -152,15 +97,7 @@ class State:
     def add(self, name: str, nbytes: int) -> None:
         """Take note, in memory, that a tensor is done, as so many bytes of the result."""
         self.done.add(name)
-        self._unnoted_bytes += nbytes
-
-    @property
-    def is_due(self) -> bool:
-        """Whether so much was done, or so long ago, that it should be stored."""
-        if not self._unnoted_bytes:
-            return False
-        waited_seconds = time.monotonic() - self._noted_seconds
-        return self._unnoted_bytes >= NOTE_EVERY_BYTES or waited_seconds >= NOTE_EVERY_SECONDS
+        self.claim.add(nbytes)
 
     def store(self, digests: Mapping[str, Mapping[str, str]]) -> None:
         """Write down what is done. All of it must be durable.
@@ -171,24 +108,13 @@ class State:
         Raises:
             StorageError: the note is as before, or perhaps the new one.
         """
+        self.claim.store(self._progress(digests))
+
+    def _progress(self, digests: Mapping[str, Mapping[str, str]]) -> dict[str, object]:
         while self._prefix < len(self._order) and self._order[self._prefix] in self.done:
             self._prefix += 1
-        note = {
-            "source": str(self._job.checkpoint.path),
+        return {
             "done": self._prefix,
             "of": len(self._order),
             "digests": {**self.kept, **digests},
-            "job": self._identity,
         }
-        write_note(self._folder, note, self._job.files)
-        self._unnoted_bytes = 0
-        self._noted_seconds = time.monotonic()
-
-    def forget(self, folder: Path) -> None:
-        """Remove the note from where it lies now, because the result is complete.
-
-        Raises:
-            StorageError: it is still there.
-        """
-        remove_note(folder, self._job.files)
-        self._job.files.sync_folder(folder)

@@ -11,8 +11,8 @@ from pathlib import Path
 from models import digests
 
 from diskoffload.quantize import QuantizeResult, run
-from diskoffload.quantize.note import NOTE_NAME
 from diskoffload.quantize.plan import Job, prepare
+from diskoffload.resumable.note import NOTE_NAME
 from diskoffload.system.files import Files
 
 MAX_SHARD_BYTES = 82_450  # three files; a weight begins in one and ends in the next

@@ -14,7 +14,7 @@ import pytest
 from quantize_bench import Bench, Quick, make_bench, noted
 
 from diskoffload.errors import NoSpaceError, StorageError
-from diskoffload.quantize import state
+from diskoffload.resumable import claim
 
 pytest.importorskip("compressed_tensors")
 
@@ -88,7 +88,7 @@ def fail_and_go_on(bench: Bench, files: Failing) -> bool:
 
 @pytest.fixture
 def noting_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "NOTE_EVERY_BYTES", 40_000)
+    monkeypatch.setattr(claim, "NOTE_EVERY_BYTES", 40_000)
 
 
 @pytest.mark.usefixtures("noting_often")

@@ -20,8 +20,9 @@ from models import digests
 from quantize_bench import Bench, Quick, make_bench, noted
 
 from diskoffload.checkpoint import publish
-from diskoffload.quantize import quantize_checkpoint, state
-from diskoffload.quantize.note import NEW_NOTE_NAME
+from diskoffload.quantize import quantize_checkpoint
+from diskoffload.resumable import claim
+from diskoffload.resumable.note import NEW_NOTE_NAME
 from diskoffload.system.files import Files
 
 pytest.importorskip("compressed_tensors")
@@ -105,7 +106,7 @@ def planned(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture
 def bench(planned: Bench, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     """Give the job, with a note after every few tensors."""
-    monkeypatch.setattr(state, "NOTE_EVERY_BYTES", 16 << 10)
+    monkeypatch.setattr(claim, "NOTE_EVERY_BYTES", 16 << 10)
     yield planned
     planned.clear()
 
@@ -131,7 +132,7 @@ def die_and_go_on(bench: Bench, step: int, noted_before: int) -> None:
 
 
 def test_killed_again_and_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "NOTE_EVERY_BYTES", 1)
+    monkeypatch.setattr(claim, "NOTE_EVERY_BYTES", 1)
     kills, before = 0, 0
     while not bench.is_finished and kill_at(bench, 29):
         kills += 1
@@ -171,7 +172,7 @@ def test_a_weight_spread_over_two_files_is_done_again(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed when the first of the two was finished, and nothing noted since."""
-    monkeypatch.setattr(state, "NOTE_EVERY_BYTES", 1 << 30)
+    monkeypatch.setattr(claim, "NOTE_EVERY_BYTES", 1 << 30)
     files = Deadly()
     bench.work(files)
     bench.check()
@@ -215,8 +216,8 @@ def test_the_command_killed_within_one_file(checkpoints: dict[str, Path], tmp_pa
     """Real processes, each killed a moment after it noted something; one shard in all."""
     script = (
         "import sys, time; from diskoffload import cli\n"
-        "from diskoffload.quantize import run, state\n"
-        "state.NOTE_EVERY_BYTES = 1\n"
+        "from diskoffload.quantize import run\nfrom diskoffload.resumable import claim\n"
+        "claim.NOTE_EVERY_BYTES = 1\n"
         "inner = run._Work._write\n"
         "def slow(self, *a):\n"
         "    time.sleep(0.05); inner(self, *a)\n"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from quantize_bench import Bench, Quick, make_bench
 
-from diskoffload.quantize import state
+from diskoffload.resumable import claim
 
 pytest.importorskip("compressed_tensors")
 
@@ -136,7 +136,7 @@ def planned(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture
 def disks(planned: Bench, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tree]]:
     """Give every disk that a power cut can leave, of a run that notes its work seven times."""
-    monkeypatch.setattr(state, "NOTE_EVERY_BYTES", 16 << 10)
+    monkeypatch.setattr(claim, "NOTE_EVERY_BYTES", 16 << 10)
     files = Recorder(planned.root)
     planned.work(files)
     files.close_all()

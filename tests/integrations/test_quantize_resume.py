@@ -22,9 +22,10 @@ from diskoffload.errors import (
     OutputExistsError,
 )
 from diskoffload.quantize import Interrupted, quantize_checkpoint, state
-from diskoffload.quantize.lock import LOCK_NAME
-from diskoffload.quantize.note import NEW_NOTE_NAME, NOTE_NAME
 from diskoffload.quantize.plan import prepare
+from diskoffload.resumable import claim
+from diskoffload.resumable.lock import LOCK_NAME
+from diskoffload.resumable.note import NEW_NOTE_NAME, NOTE_NAME
 from diskoffload.system.files import Files
 
 pytest.importorskip("compressed_tensors")
@@ -164,7 +165,7 @@ def test_a_second_process_is_refused_and_a_dead_ones_lock_taken(bench: Bench) ->
             return False
 
         torch.set_num_threads(1)
-        state.NOTE_EVERY_BYTES = 1
+        claim.NOTE_EVERY_BYTES = 1
         bench.work(stop=stop)
         os._exit(1)
     try:
@@ -308,9 +309,9 @@ def test_notes_are_few_and_small(bench: Bench, monkeypatch: pytest.MonkeyPatch) 
         return files.notes
 
     assert len(notes()) == 1  # less than 256 MiB, and less than 30 seconds
-    monkeypatch.setattr(state, "NOTE_EVERY_BYTES", 50_000)
+    monkeypatch.setattr(claim, "NOTE_EVERY_BYTES", 50_000)
     assert len(notes()) == 1 + bench.job.plan.written_bytes // 50_000 - 1
-    monkeypatch.setattr(state, "NOTE_EVERY_SECONDS", 0)
+    monkeypatch.setattr(claim, "NOTE_EVERY_SECONDS", 0)
     sizes = notes()
     assert len(sizes) == 1 + len(bench.job.outputs)
     # Of what is done it says one number, and digests of one file's tensors: the open one's.

@@ -10,7 +10,7 @@ from types import TracebackType
 from diskoffload.errors import FolderInUseError, StorageError
 from diskoffload.system.files import Files
 
-LOCK_NAME = "diskoffload-quantize.lock"
+LOCK_NAME = "diskoffload-unfinished.lock"
 _log = logging.getLogger(__name__)
 
 

@@ -5,34 +5,48 @@ Each may be cut off anywhere and is then done again: files appear whole, the not
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
-from diskoffload.checkpoint.publish import copy_side_files, write_text
-from diskoffload.checkpoint.source import CONFIG_NAME
-from diskoffload.quantize.config import config_of_result
-from diskoffload.quantize.lock import FolderLock
-from diskoffload.quantize.plan import Job
-from diskoffload.quantize.state import State
+from diskoffload.checkpoint.publish import copy_side_files
+from diskoffload.resumable.claim import Claim
+from diskoffload.resumable.lock import FolderLock
 from diskoffload.system.files import Files
 
-_SIDE_FOLDER = "diskoffload-quantize.side"
+_SIDE_FOLDER = "diskoffload-unfinished.side"
 
 
-def finish(job: Job, partial: Path, out: Path, state: State, lock: FolderLock) -> None:
+def finish(
+    partial: Path,
+    out: Path,
+    own_files: Mapping[str, bytes],
+    source: Path | None,
+    files: Files,
+    lock: FolderLock,
+    claim: Claim,
+) -> None:
     """Make a folder of finished weights the result.
+
+    Args:
+        partial: the folder.
+        out: the result's name.
+        own_files: by name, the content of files to write beside the weights.
+        source: the folder from which what else lies beside its weights is copied, if any is.
+        files: the file operations.
+        lock: of ``partial``; released in the end.
+        claim: to ``partial``; forgotten in the end.
 
     Raises:
         StorageError: a step failed; repeating the command repeats it.
     """
-    files = job.files
-    index = job.layout.index_json()
-    if index is not None:
-        _write_anew(partial / job.layout.index_name, index, files)
-    config = json.dumps(config_of_result(job), indent=2) + "\n"
-    _write_anew(partial / CONFIG_NAME, config, files)
-    _add_side_files(job.checkpoint.folder, partial, files)
+    for name, content in own_files.items():
+        files.remove(partial / name)
+        with files.writing(partial / name, new=True) as fd:
+            files.write(fd, memoryview(content), 0, partial / name)
+            files.sync(fd, partial / name)
+    if source is not None:
+        _add_side_files(source, partial, files)
     files.sync_folder(partial)
     if out.is_dir():
         files.remove_folder_if_empty(out)
@@ -41,12 +55,7 @@ def finish(job: Job, partial: Path, out: Path, state: State, lock: FolderLock) -
     files.sync_folder(out.parent)
     # The note goes last: as long as it is there, the command can be repeated.
     lock.release()
-    state.forget(out)
-
-
-def _write_anew(path: Path, text: str, files: Files) -> None:
-    files.remove(path)
-    write_text(path, text, files)
+    claim.forget(out)
 
 
 def _add_side_files(source: Path, partial: Path, files: Files) -> None:

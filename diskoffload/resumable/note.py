@@ -17,7 +17,7 @@ from diskoffload.checkpoint.publish import write_text
 from diskoffload.errors import DamagedFileError, StorageError
 from diskoffload.system.files import Files
 
-NOTE_NAME = "diskoffload-quantize.json"
+NOTE_NAME = "diskoffload-unfinished.json"
 NEW_NOTE_NAME = NOTE_NAME + ".new"
 _FORMAT = 2
 _MAX_BYTES = 64 << 20  # more than any note has
