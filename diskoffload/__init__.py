@@ -49,6 +49,7 @@ from diskoffload.module import (
     remove_module_offload,
     update_offload_parameter,
 )
+from diskoffload.packing import pack_checkpoint, unpack_checkpoint
 from diskoffload.plan import Plan
 from diskoffload.store.commits import Committed
 from diskoffload.store.sweeping import sweep
@@ -93,6 +94,7 @@ __all__ = [
     "offload_model",
     "offload_module",
     "open_checkpoint",
+    "pack_checkpoint",
     "plan_model",
     "register_offload_module",
     "release_traced",
@@ -102,6 +104,7 @@ __all__ = [
     "save_checkpoint",
     "set_onload_device",
     "sweep",
+    "unpack_checkpoint",
     "unwrap_offload_forward",
     "update_offload_parameter",
     "verify",

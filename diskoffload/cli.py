@@ -6,15 +6,15 @@ import argparse
 import json
 import logging
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from diskoffload.budget import format_bytes
 from diskoffload.cli_folder import add_folder_commands
+from diskoffload.cli_packing import add_packing_commands
+from diskoffload.cli_stop import stop_on_interrupt
 from diskoffload.errors import OffloadError
 from diskoffload.integrations.quantization import SCHEMES
 from diskoffload.quantize import (
@@ -61,11 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="diskoffload",
-        description="Quantize, look at and check models that do not fit in memory.",
+        description="Quantize, compress, look at and check models that do not fit in memory.",
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="say more of what is done")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_quantize(commands)
+    add_packing_commands(commands)
     add_folder_commands(commands)
     return parser
 
@@ -131,7 +132,7 @@ def _quantize(options: argparse.Namespace) -> int:
         print(json.dumps(plan.as_json(), indent=1) if options.json else plan)
         return 0
     started_seconds = time.monotonic()
-    with _stop_on_interrupt() as stop:
+    with stop_on_interrupt("weight") as stop:
         result = quantize_checkpoint(
             options.source,
             options.out,
@@ -160,24 +161,6 @@ def _report(result: QuantizeResult, seconds: float, *, as_json: bool) -> None:
         print(f"{len(plan.converted)} tensors were converted for {plan.dtype}")
     if result.resumed:
         print(f"{result.resumed} tensors were done by an earlier run")
-
-
-@contextmanager
-def _stop_on_interrupt() -> Iterator[Any]:
-    """Turn the first Ctrl-C into a wish to stop; a second one interrupts at once."""
-    wished: list[bool] = []
-
-    def note(number: int, frame: object) -> None:
-        if wished:
-            raise KeyboardInterrupt
-        wished.append(True)
-        print("\nstopping after the weight in hand (again: at once)", file=sys.stderr)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: bool(wished)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

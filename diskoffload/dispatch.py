@@ -25,6 +25,7 @@ from diskoffload.planning import format_bytes
 from diskoffload.progress import count_bar
 from diskoffload.residency.resident import residency_for
 from diskoffload.residency.streaming import Mode
+from diskoffload.store.compression import Compression
 from diskoffload.store.folder import Folder
 from diskoffload.store.open_folders import open_folders
 from diskoffload.system.devices import usable_device
@@ -42,7 +43,7 @@ def dispatch_model(
     *,
     max_memory: Mapping[Any, int | float | str] | None = None,
     offload_dir: Folder | Path | str | None = None,
-    compression: str | None = None,
+    compression: Compression = None,
     mode: Mode | None = None,
     show_progress: bool = False,
 ) -> _Model:
@@ -63,7 +64,7 @@ def dispatch_model(
             ``{0: "20GiB", "cpu": "8GiB"}``. Without either, what is available is used,
             the container's limit included.
         offload_dir: folder for what goes to disk; ``None`` takes a fresh temporary one.
-        compression: ``None`` or ``"zstd"`` for what is written to disk.
+        compression: how what is written to disk is compressed, see :class:`DiskCache`.
         mode: how weights on disk are held that are used on the CPU, see
             :func:`diskoffload.open_checkpoint`; ``None`` leaves it as it is, at first
             ``"auto"``.
@@ -109,7 +110,7 @@ def dispatch_with_map(
     offload_dir: Folder | Path | str | None = None,
     show_progress: bool = True,
     *,
-    compression: str | None = None,
+    compression: Compression = None,
     mode: Mode | None = None,
 ) -> None:
     """Dispatch a model by a map: module name -> (onload device, offload device).
@@ -123,7 +124,7 @@ def dispatch_with_map(
         offload_dir: folder for modules that go to disk; ``None`` takes a fresh temporary
             one, but for those that have a folder already.
         show_progress: show a progress bar.
-        compression: ``None`` or ``"zstd"`` for what is written to disk.
+        compression: how what is written to disk is compressed, see :class:`DiskCache`.
         mode: see :func:`dispatch_model`.
 
     Raises:
@@ -176,7 +177,7 @@ def offload_model(
     offload_device: Device | None = None,
     *,
     offload_dir: Folder | Path | str | None = None,
-    compression: str | None = None,
+    compression: Compression = None,
     mode: Mode | None = None,
 ) -> _Model:
     """Offload a model for sequential onloading: each layer comes when it runs, and goes.
@@ -188,7 +189,7 @@ def offload_model(
             :func:`set_onload_device`.
         offload_dir: folder for ``offload_device="disk"``; ``None`` takes a fresh
             temporary one.
-        compression: ``None`` or ``"zstd"`` for what is written to disk.
+        compression: how what is written to disk is compressed, see :class:`DiskCache`.
         mode: see :func:`dispatch_model`.
 
     Returns:

@@ -68,7 +68,7 @@ def offload_module(
         offload_device: where they wait: a device, ``"cpu"`` or ``"disk"``.
         offload_dir: with ``"disk"``, the folder to write to; ``None`` takes a fresh
             temporary one that goes with its owner.
-        **kwargs: for the cache: ``compression`` (``None`` or ``"zstd"``, disk only),
+        **kwargs: for the cache: ``compression`` (disk only; see :class:`DiskCache`),
             ``name`` (the module's full name), ``residency``.
 
     Returns:

@@ -14,7 +14,7 @@ from diskoffload.cache.disk_backing import DiskBacking
 from diskoffload.errors import InvalidInputError, StorageError
 from diskoffload.residency.held import Backing, Held, State
 from diskoffload.residency.resident import Residency
-from diskoffload.store.codec import codec_named
+from diskoffload.store.compression import Compression, check_compression
 from diskoffload.store.folder import Folder
 from diskoffload.store.open_folders import open_folders
 from diskoffload.system.memory import (
@@ -33,11 +33,11 @@ class DiskCache(OffloadCache, kind="disk"):
 
     Attributes:
         offload_dir: the folder that offloaded tensors are written to.
-        compression: codec for what is written, or ``None``.
+        compression: what was chosen for what is written.
     """
 
     offload_device = "disk"
-    compression: str | None
+    compression: Compression
     folder: Folder
 
     def __init__(
@@ -46,7 +46,7 @@ class DiskCache(OffloadCache, kind="disk"):
         offload_device: Device | None = None,
         offload_dir: Folder | Path | str | None = None,
         *,
-        compression: str | None = None,
+        compression: Compression = None,
         name: str = "",
         residency: Residency | None = None,
     ) -> None:
@@ -57,19 +57,24 @@ class DiskCache(OffloadCache, kind="disk"):
             offload_device: ``"disk"`` or ``None``.
             offload_dir: a folder on a disk, made if need be; several caches may name the
                 same. ``None`` takes a fresh temporary one that goes with its owner.
-            compression: ``None`` or ``"zstd"``: written losslessly compressed, where that
-                saves at least a tenth.
+            compression: ``"zstd"``: what is written is compressed without loss, where that
+                saves at least a tenth. ``"auto"``: the same if the folder's disk is slower than
+                decoding is, both measured once a folder, in a second at the most, at the first
+                write; the log says what was found. Or a function that is given a tensor's full
+                name and the tensor, and says one of these words, or ``None``, or ``True`` and
+                ``False`` for ``"zstd"`` and ``None``; it may be called at every write, in any
+                thread that reads or writes the model, and should say the same each time.
+                ``None``: nothing is compressed.
             name: full name of the module in the model.
             residency: keeps the books of what is in memory.
 
         Raises:
-            InvalidInputError: no such device or codec.
+            InvalidInputError: no such device or compression.
             FolderInUseError: another process owns the folder.
             StorageError: the folder cannot be made or locked.
         """
         super().__init__(onload_device, offload_device, name=name, residency=residency)
-        if compression is not None:
-            codec_named(compression)
+        check_compression(compression)
         self.__dict__.update(compression=compression, folder=open_folders.at(offload_dir))
 
     @property

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from diskoffload.residency.held import Backing
+from diskoffload.store.compression import Compression
 from diskoffload.store.encoded import EncodedTensor
 from diskoffload.store.folder import Folder
 from diskoffload.store.header import ALIGNMENT_BYTES
@@ -26,7 +27,7 @@ class DiskBacking:
     def __init__(
         self,
         folder: Folder,
-        compression: str | None,
+        compression: Compression,
         stored: Stored | None,
         layout: tuple[torch.dtype, tuple[int, ...]] | None = None,
         *,
@@ -92,7 +93,7 @@ class DiskBacking:
         """Refer to what the ticket has stored."""
         return DiskBacking(self.folder, self.compression, ticket.stored, align=self.align)
 
-    def rebased(self, folder: Folder, compression: str | None) -> DiskBacking:
+    def rebased(self, folder: Folder, compression: Compression) -> DiskBacking:
         """Refer to the same value, with another place for newer ones."""
         return DiskBacking(folder, compression, self.stored, self.layout, align=self.align)
 

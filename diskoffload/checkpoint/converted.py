@@ -19,6 +19,7 @@ from diskoffload.checkpoint.publish import check_space
 from diskoffload.checkpoint.source import Checkpoint
 from diskoffload.errors import CheckpointMismatchError, UnsupportedTensorError, listed
 from diskoffload.integrations.transformers_conversion import Conversion, revert
+from diskoffload.store.compression import Compression
 from diskoffload.store.folder import Folder
 from diskoffload.store.stored import CastTensor, Stored
 
@@ -43,7 +44,7 @@ def convert_all(
     checkpoint: Checkpoint,
     conversions: list[Conversion],
     folder: Folder,
-    compression: str | None,
+    compression: Compression,
 ) -> list[Converted]:
     """Compute what has no recipe, one group in memory at a time, into the offload folder.
 

@@ -38,6 +38,7 @@ from diskoffload.residency.held import Held, State
 from diskoffload.residency.objects import object_like
 from diskoffload.residency.resident import Residency, residency_for
 from diskoffload.residency.streaming import Mode
+from diskoffload.store.compression import Compression
 from diskoffload.store.folder import Folder
 from diskoffload.store.open_folders import open_folders
 from diskoffload.store.recipe import Recipe
@@ -85,7 +86,7 @@ def open_checkpoint(
     onload_device: Device = "cpu",
     dtype: torch.dtype | None = None,
     max_memory: Mapping[Any, int | float | str] | int | str | None = None,
-    compression: str | None = None,
+    compression: Compression = None,
     align: bool = False,
     mode: Mode = "auto",
 ) -> torch.nn.Module:
@@ -110,7 +111,7 @@ def open_checkpoint(
             are kept), as a number, a text, or ``{"cpu": "8GiB"}``; by default what is
             available. If it names accelerators, ``{0: "20GiB", "cpu": "8GiB"}``, the model
             is dispatched over them.
-        compression: ``None`` or ``"zstd"``, for what is written to ``offload_dir``.
+        compression: as for :class:`DiskCache`, for what is written to ``offload_dir``.
         align: copy weights that the file does not align to 64 bytes when they are used,
             rather than map them. Values are the same either way; the last bits of sums may
             differ, because kernels take another path for unaligned memory.
@@ -188,7 +189,7 @@ class _CacheOptions:
 
     onload_device: Device
     folder: Folder
-    compression: str | None
+    compression: Compression
     residency: Residency
     align: bool
     dtype: torch.dtype | None

@@ -41,6 +41,7 @@ class Checkpoint:
         folder: the folder; of a single file, the one it is in.
         tensors: what is stored, by name.
         config: what ``config.json`` says; empty where there is none.
+        index: the file that says which shard holds which tensor, if there is one.
     """
 
     def __init__(self, path: Path | str, files: Files | None = None) -> None:
@@ -59,6 +60,7 @@ class Checkpoint:
         self.path = path
         self.folder = path if path.is_dir() else path.parent
         self.config = _read_config(self.folder / CONFIG_NAME, files)
+        self.index: Path | None = None
         single = _single_file(path)
         if single is not None:
             _check_shards(path, self.folder, [single.name])
@@ -66,7 +68,8 @@ class Checkpoint:
             self.tensors: dict[str, ShardTensor | EncodedTensor]
             self.tensors = stored_tensors(self.shards[single.name])
             return
-        weight_map = _weight_map(path, files)
+        self.index = _index_of(path)
+        weight_map = _weight_map(self.index, files)
         names = dict.fromkeys(weight_map.values())
         _check_shards(path, self.folder, names)
         self.shards = {name: Shard(self.folder / name, files) for name in names}
@@ -173,14 +176,19 @@ def _single_file(path: Path) -> Path | None:
     return singles[0] if len(singles) == 1 else None
 
 
-def _weight_map(path: Path, files: Files) -> dict[str, str]:
-    """Read which shard holds which tensor."""
+def _index_of(path: Path) -> Path:
+    """Find the file that says which shard holds which tensor."""
     index = path / INDEX_NAME
     if _kind(index) == "missing":
         indices = sorted(path.glob(f"*{INDEX_SUFFIX}"))
         if len(indices) != 1:
             _refuse(path, [*indices, *sorted(path.glob("*.safetensors"))])
         index = indices[0]
+    return index
+
+
+def _weight_map(index: Path, files: Files) -> dict[str, str]:
+    """Read which shard holds which tensor."""
     weight_map: dict[str, str] = {}
     known: dict[str, str] = {}
     keys = tensors = 0

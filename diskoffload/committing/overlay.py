@@ -14,6 +14,7 @@ from diskoffload.residency.held import Held
 from diskoffload.residency.resident import Residency
 from diskoffload.residency.storages import ViewBacking
 from diskoffload.store.commits import Entry
+from diskoffload.store.compression import Compression
 from diskoffload.store.folder import Folder
 from diskoffload.store.json_reader import brief
 from diskoffload.store.shard import Shard
@@ -29,7 +30,7 @@ class Overlay:
         folder: Folder,
         shard_of: Callable[[str], Shard],
         residency: Residency,
-        compression: str | None,
+        compression: Compression,
         align: bool,
     ) -> None:
         """Take a model all of whose modules are offloaded to the folder.

@@ -27,6 +27,7 @@ from diskoffload.planning import parse_bytes
 from diskoffload.residency.resident import Residency, residency_for
 from diskoffload.residency.streaming import Mode
 from diskoffload.store.commits import Commits, Committed
+from diskoffload.store.compression import Compression
 from diskoffload.store.folder import Folder, open_committed
 from diskoffload.store.journal import JOURNAL_NAME, Journal
 from diskoffload.store.open_folders import open_folders
@@ -47,7 +48,7 @@ def reopen(
     source: Path | str | None = None,
     onload_device: Device = "cpu",
     max_memory: int | str | None = None,
-    compression: str | None = None,
+    compression: Compression = None,
     align: bool = False,
     mode: Mode = "auto",
     verify: Verify | None = None,
@@ -66,7 +67,7 @@ def reopen(
         source: where the checkpoint is that the model was opened from, if it was moved since.
         onload_device: where modules run.
         max_memory: bytes for copies in RAM, as of :func:`diskoffload.open_checkpoint`.
-        compression: ``None`` or ``"zstd"``, for what is written from now on.
+        compression: as for :class:`DiskCache`, for what is written from now on.
         align: as of :func:`diskoffload.open_checkpoint`.
         mode: as of :func:`diskoffload.open_checkpoint`.
         verify: ``"full"`` compares every committed tensor with its checksum now, which reads

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from diskoffload.errors import InvalidInputError, UnsupportedTensorError, listed
+from diskoffload.errors import UnsupportedTensorError, listed
 from diskoffload.integrations.quantization import Scheme
 from diskoffload.integrations.transformers import build_meta_model, require_transformers
 from diskoffload.integrations.transformers_conversion import (
@@ -19,9 +19,9 @@ from diskoffload.integrations.transformers_conversion import (
     inverse_pieces,
     tensor_recipes,
 )
+from diskoffload.name_patterns import name_matcher
 from diskoffload.store.recipe import Piece
 
-_PATTERN = "re:"
 _METHOD = "compressed-tensors"
 
 
@@ -69,7 +69,7 @@ def find_targets(
         CheckpointError: the model's class is unknown.
         UnsupportedTensorError: a result that transformers could not load.
     """
-    patterns = [_compiled(one) for one in ignore]
+    patterns = [name_matcher(one, "ignore") for one in ignore]
     model = build_meta_model(folder, dtype=dtype)
     found = tensor_recipes(model, stored)
     users = inverse_pieces(found.recipes)
@@ -159,15 +159,6 @@ def _names_kept_wide(model: Any, dtype: torch.dtype) -> Callable[[str], object]:
     globs = list(read_plan(dtype) if read_plan else model.dtype_plan)
     patterns = [re.compile(glob.replace("*", ".*")) for glob in globs]
     return lambda name: any(pattern.search(name) for pattern in patterns)
-
-
-def _compiled(entry: str) -> Callable[[str], object]:
-    if not entry.startswith(_PATTERN):
-        return lambda owner: owner == entry or owner.endswith(f".{entry}")
-    try:
-        return re.compile(entry.removeprefix(_PATTERN)).match
-    except re.error as error:
-        raise InvalidInputError(f"the ignore pattern {entry!r} cannot be read: {error}") from error
 
 
 @dataclass(frozen=True)

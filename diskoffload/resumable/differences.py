@@ -11,6 +11,7 @@ import xxhash
 
 _TIME = "mtime_ns"
 _SOURCE_WORDS = {"bytes": "length", _TIME: "time of change", "sample": "data"}
+_WORDS = {"skipped": "the list of what is left as it is", "form": "the form of compressed bytes"}
 # What follows from the rest: told only where all before it is the same.
 _DERIVED_WORDS = {
     "files": "the number of files (another max_shard_size?)",
@@ -56,12 +57,10 @@ def _name(path: _Keys) -> str:
             return f"{name!r} on the list of what is not quantized"
         case ("source", file, what):
             return f"the {_SOURCE_WORDS.get(what, what)} of the source's {file}"
-        case ("chosen", name):
-            return f"the choice to compress {name!r}"
         case ("config", key):
             return f"{key!r} in the source's config.json"
         case (first, *_):
-            return _DERIVED_WORDS.get(first, first)
+            return {**_WORDS, **_DERIVED_WORDS}.get(first, first)
     raise AssertionError("an identity is a table")
 
 
@@ -71,8 +70,6 @@ def _value(path: _Keys, found: Mapping[_Keys, Any]) -> str:
         return "there" if value else "not there"
     if path not in found:
         return "absent"
-    if path[0] == "chosen":
-        return "made" if value else "not made"
     if path[-1] == _TIME and isinstance(value, int):
         seconds, rest = divmod(value, 1_000_000_000)
         moment = datetime.fromtimestamp(seconds, timezone.utc)

@@ -215,11 +215,20 @@ class EncodedTensor:
         self.shard.check_first_read(self.spec, self.digest)
         tensor = empty(self.dtype, (stop - start, *self.shape[1:]))
         row_bytes = prod(self.shape[1:]) * self.dtype.itemsize
-        if self._codec is None:
-            self.shard.read_into(self.spec, tensor_bytes(tensor), start * row_bytes)
-        else:
-            self._unpack(tensor_bytes(tensor), start * row_bytes)
+        self.read_value(tensor_bytes(tensor), start * row_bytes)
         return tensor
+
+    def read_value(self, target: memoryview, start: int) -> None:
+        """Decode the value's bytes from ``start`` on, chunks of which each has a checksum.
+
+        Raises:
+            DamagedFileError: the bytes are not those that were written.
+            StorageError: they cannot be read.
+        """
+        if self._codec is None:
+            self.shard.read_into(self.spec, target, start)
+        else:
+            self._unpack(target, start)
 
     def _unpack(self, target: memoryview, begin: int) -> None:
         """Decode the value's bytes from ``begin`` on into ``target``."""

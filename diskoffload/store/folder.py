@@ -23,10 +23,11 @@ from diskoffload.errors import (
     StorageError,
     listed,
 )
-from diskoffload.store.codec import codec_named
 from diskoffload.store.commits import Commits, Committed, Entry
+from diskoffload.store.compression import AUTO, Compression, way_for
 from diskoffload.store.journal import Journal
 from diskoffload.store.lock import Ownership
+from diskoffload.store.payoff import AutoCompression
 from diskoffload.store.shard import Shard
 from diskoffload.store.writer import Ticket, Writer
 from diskoffload.system.files import Files, memory_file_system, naming_faults
@@ -116,6 +117,7 @@ class Folder:
         if not group_bytes:
             share_bytes = Headroom().available_bytes() // _GROUP_SHARE
             group_bytes = max(_LEAST_GROUP_BYTES, min(_MOST_GROUP_BYTES, share_bytes))
+        self._auto_compression = AutoCompression(self.path, files)
         self._writer = Writer(files, self._owner.next_path, self._owner.adopt, group_bytes)
         self._end = weakref.finalize(self, _end_writer, self._writer, self._owner.pid)
         self._is_made = True
@@ -145,23 +147,29 @@ class Folder:
         return self._is_made and self._end.alive and os.getpid() == self._owner.pid
 
     def put(
-        self, name: str, tensor: torch.Tensor, codec: str | None, *, stays_open: bool = True
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        compression: Compression,
+        *,
+        stays_open: bool = True,
     ) -> Ticket:
         """Queue a tensor for writing under its name; see :meth:`Writer.put`.
 
         Args:
             name: the name it should have in a file.
             tensor: the value.
-            codec: the way of compression to try, or ``None``.
+            compression: whether to compress it, and how.
             stays_open: whether the folder lives until the value is written or cancelled, even if
                 nothing else refers to it.
 
         Raises:
             ClosedError: the folder was closed, or belongs to the parent process.
+            InvalidInputError: a way of compression that is not known.
         """
         self.check_open(name)
-        if codec is not None:
-            codec_named(codec)
+        way = way_for(compression, name, tensor)
+        codec = self._auto_compression.codec() if way == AUTO else way
         return self._writer.put(name, tensor, codec, self if stays_open else None)
 
     def check_open(self, name: str) -> None:

@@ -289,6 +289,25 @@ def build_header(
             start += gap
         placed.append((item, start))
         start += _nbytes(item)
+    return build_header_of(placed, metadata)
+
+
+def build_header_of(
+    placed: Sequence[tuple[Planned, int]],
+    metadata: Mapping[str, str] | None,
+    data_offset: int | None = None,
+) -> tuple[bytes, Header]:
+    """Describe tensors that lie one after the other; see :func:`build_header`.
+
+    Args:
+        placed: each tensor, in order, and where it begins among the tensors' bytes.
+        metadata: free strings, stored beside them.
+        data_offset: where the tensors begin in the file, if that is decided.
+
+    Raises:
+        InvalidInputError: a name that cannot be a key, or that two have; more than the format
+            allows, or than there is room for.
+    """
     _check_names([item[0] for item, _ in placed])
     content: dict[str, Any] = {METADATA_KEY: dict(metadata)} if metadata else {}
     for (name, dtype, shape), begin in placed:
@@ -298,14 +317,22 @@ def build_header(
             "data_offsets": [begin, begin + _nbytes((name, dtype, shape))],
         }
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    data_offset = -(-(LENGTH_BYTES + len(text)) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    needed_bytes = LENGTH_BYTES + len(text)
+    if data_offset is None:
+        data_offset = -(-needed_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    if needed_bytes > min(data_offset, MAX_HEADER_BYTES):
+        raise InvalidInputError(
+            f"cannot write a file of {len(placed)} tensors: its header would take {needed_bytes} "
+            f"bytes and has {min(data_offset, MAX_HEADER_BYTES)}; divide them over more files"
+        )
     text = text.ljust(data_offset - LENGTH_BYTES)
     specs = {
         item[0]: StoredSpec(*item, data_offset + begin, _nbytes(item), DTYPE_NAMES[item[1]])
         for item, begin in placed
     }
     raw = len(text).to_bytes(LENGTH_BYTES, "little") + text
-    return raw, Header(specs, data_offset, data_offset + start, dict(metadata or {}))
+    end = placed[-1][1] + _nbytes(placed[-1][0]) if placed else 0
+    return raw, Header(specs, data_offset, data_offset + end, dict(metadata or {}))
 
 
 def _check_names(names: list[str]) -> None:

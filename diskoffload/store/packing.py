@@ -113,6 +113,21 @@ class Room:
 def _seems_to_pay(data: memoryview, element_bytes: int, codec: WritingCodec) -> bool:
     if len(data) < _SAMPLED_FROM_BYTES:
         return True
+    return _sampled_share(data, element_bytes, codec) < _SAMPLE_WORTH_PACKING
+
+
+def estimated_share(data: memoryview, element_bytes: int, codec: WritingCodec) -> float:
+    """Estimate, from a few samples, what share of its bytes a value will take; 1 if none pays."""
+    if not data:
+        return 1.0
+    if len(data) < _SAMPLED_FROM_BYTES:
+        packed = pack(data, element_bytes, codec)
+        return 1.0 if packed is None else packed.nbytes / len(data)
+    share = _sampled_share(data, element_bytes, codec)
+    return share if share < _SAMPLE_WORTH_PACKING else 1.0
+
+
+def _sampled_share(data: memoryview, element_bytes: int, codec: WritingCodec) -> float:
     workspace = Workspace()
     step = (len(data) - _SAMPLE_BYTES) // (_SAMPLES - 1) // element_bytes * element_bytes
     packed_bytes = 0
@@ -120,4 +135,4 @@ def _seems_to_pay(data: memoryview, element_bytes: int, codec: WritingCodec) -> 
         sample = bytes(data[start : start + _SAMPLE_BYTES])
         parts = codec.pack_chunk(memoryview(sample), start, element_bytes, workspace)
         packed_bytes += sum(map(len, parts))
-    return packed_bytes < _SAMPLES * _SAMPLE_BYTES * _SAMPLE_WORTH_PACKING
+    return packed_bytes / (_SAMPLES * _SAMPLE_BYTES)

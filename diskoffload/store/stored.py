@@ -107,6 +107,15 @@ class ShardTensor:
         check.finish()
         return tensor
 
+    def read_value(self, target: memoryview, start: int) -> None:
+        """Read the value's bytes from ``start`` on; they are not compared with a checksum.
+
+        Raises:
+            DamagedFileError: the file was changed since it was opened.
+            StorageError: it cannot be read.
+        """
+        self.shard.read_into(self.spec, target, start)
+
     def load_rows(self, start: int, stop: int) -> torch.Tensor:
         """Read only the bytes of these rows; they cannot be compared with the checksum."""
         self.shard.check_first_read(self.spec, self.digest)
