@@ -162,7 +162,7 @@ def carry_out(job: Job, *, show_progress: bool, stop: Callable[[], bool]) -> int
         resumed = work.count_done()
         total_bytes = sum(one.nbytes for each in job.file_jobs.values() for one in each.tensors)
         with byte_bar(2 * total_bytes, job.title, show=show_progress) as bar:
-            work.run(bar, stop)
+            resumed += work.run(bar, stop)
         own = job.own_files
         finish(job.partial, job.out, own, job.side_folder, job.files, lock, work.claim)
     return resumed
@@ -238,18 +238,20 @@ class _Work:
         total = sum(len(each.tensors) for each in jobs.values())
         return {"done": self.count_done(), "of": total, "files": self._done, "open": is_open}
 
-    def run(self, bar: Any, stop: Callable[[], bool]) -> None:
-        """Do what is not done yet.
+    def run(self, bar: Any, stop: Callable[[], bool]) -> int:
+        """Do what is not done yet; give how many tensors lay in files that were only not noted.
 
         Raises:
             Interrupted: ``stop`` said so; what is done is kept.
         """
+        found = 0
         for name, file_job in self._job.file_jobs.items():
             nbytes = sum(tensor.nbytes for tensor in file_job.tensors)
             if name in self._done:
                 bar.update(2 * nbytes)
                 continue
             if self._is_whole(name, file_job):
+                found += len(file_job.tensors)
                 bar.update(2 * nbytes)
             else:
                 self._write(name, file_job, bar, stop)
@@ -257,6 +259,7 @@ class _Work:
                 bar.update(nbytes)
             self._done[name] = (self._folder / name).stat().st_size
             self.claim.store(self.progress())
+        return found
 
     def _is_whole(self, name: str, file_job: FileJob) -> bool:
         """Find out whether a killed run had completed a file, and no more."""

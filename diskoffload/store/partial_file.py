@@ -7,6 +7,8 @@ then, so that a container's memory does not fill with what waits to be written.
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
@@ -55,15 +57,24 @@ class PartialFile:
         self._step = bytearray()
         self._size_bytes = size_bytes
         self._since_flush_bytes = 0
-        self._sync_failed = False
+        self._has_failed = False  # a write or sync: then it is not known what is in the file
         self._name_is_durable = False
         self._direct: DirectWrites | None = None
         self._may_go_direct = size_bytes >= _DIRECT_FROM_BYTES
 
     def put(self, data: memoryview, offset: int) -> None:
         """Write bytes that nobody changes meanwhile, through the page cache."""
-        self._files.write(self.fd, data, offset, self.partial)
+        with self._noting_failure():
+            self._files.write(self.fd, data, offset, self.partial)
         self.account(len(data))
+
+    @contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._has_failed = True
+            raise
 
     def account(self, nbytes: int) -> None:
         """Count what was written through the page cache, and see to it that not too much waits."""
@@ -85,7 +96,8 @@ class PartialFile:
             direct_bytes = self._direct_bytes(at, len(data) - begin)
             if direct_bytes:
                 assert self._direct is not None  # it was just used or begun
-                step = self._direct.write(data[begin : begin + direct_bytes], at)
+                with self._noting_failure():  # perhaps of an earlier step
+                    step = self._direct.write(data[begin : begin + direct_bytes], at)
                 if digest is not None:
                     digest.update(step)
             else:
@@ -123,7 +135,8 @@ class PartialFile:
         direct, self._direct, self._may_go_direct = self._direct, None, False
         if direct is not None:
             try:
-                direct.wait()
+                with self._noting_failure():
+                    direct.wait()
             finally:
                 direct.close()
 
@@ -139,8 +152,8 @@ class PartialFile:
 
         Raises:
             StorageError: it is not, or perhaps not; then neither is it at any later call, since
-                the system may report a lost write only once. What an earlier call made durable
-                stays so.
+                the system may report a lost write only once; so too after a write that failed.
+                What an earlier call made durable stays so.
         """
         self.sync_data()
         if not self._name_is_durable:
@@ -149,15 +162,16 @@ class PartialFile:
 
     def sync_data(self) -> None:
         """Make what was written so far durable; raises as :meth:`sync` does."""
-        if self._sync_failed or self.fd < 0:
+        if self._has_failed or self.fd < 0:
             raise StorageError(
-                errno.EIO, "could not sync the file: that failed before", str(self.partial)
+                errno.EIO,
+                "could not sync the file: that failed before, or a write to it",
+                str(self.partial),
             )
-        self._sync_failed = True
-        if self._direct is not None:
-            self._direct.wait()
-        self._files.sync(self.fd, self.partial)
-        self._sync_failed = False
+        with self._noting_failure():
+            if self._direct is not None:
+                self._direct.wait()
+            self._files.sync(self.fd, self.partial)
 
     def publish(self, *, durable: bool) -> Path:
         """Give the file its name; nothing may follow.
