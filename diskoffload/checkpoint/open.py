@@ -22,7 +22,6 @@ from diskoffload.errors import (
     AlreadyOffloadedError,
     CheckpointMismatchError,
     InvalidInputError,
-    UnsupportedTensorError,
     listed,
 )
 from diskoffload.integrations.transformers import build_meta_model, require_pretrained
@@ -42,7 +41,7 @@ from diskoffload.store.compression import Compression
 from diskoffload.store.folder import Folder
 from diskoffload.store.open_folders import open_folders
 from diskoffload.store.recipe import Recipe
-from diskoffload.store.stored import AssembledTensor, CastTensor, ShardTensor, Stored
+from diskoffload.store.stored import AssembledTensor, CastTensor, Stored
 from diskoffload.system.collector import collector_paused
 from diskoffload.system.devices import usable_device
 
@@ -316,15 +315,7 @@ def _stored(
     if recipe.is_whole:
         whole = checkpoint.tensors[recipe.pieces[0].source]
         return whole if dtype in (None, whole.dtype) else CastTensor(whole, dtype)
-    pieces = []
-    for piece in recipe.pieces:
-        source = checkpoint.tensors[piece.source]
-        if not isinstance(source, ShardTensor):
-            raise UnsupportedTensorError(
-                f"{checkpoint.path}: {piece.source!r} is compressed and a part of a fused "
-                "tensor; unpack the checkpoint first"
-            )
-        pieces.append((piece, source))
+    pieces = [(piece, checkpoint.tensors[piece.source]) for piece in recipe.pieces]
     return AssembledTensor(pieces, dtype or pieces[0][1].dtype, shape)
 
 

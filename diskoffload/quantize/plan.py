@@ -187,7 +187,8 @@ def _planned(
     for name, tensor in checkpoint.tensors.items():
         if not isinstance(tensor, ShardTensor):
             raise UnsupportedTensorError(
-                f"{checkpoint.path}: {name!r} is compressed; unpack the checkpoint first"
+                f"{checkpoint.path}: {name!r} is compressed; unpack the checkpoint first, with "
+                "`diskoffload unpack`"
             )
         made = {name: (targets.dtypes[name], tensor.shape)}
         if name in targets.weights:

@@ -11,7 +11,11 @@ import xxhash
 
 _TIME = "mtime_ns"
 _SOURCE_WORDS = {"bytes": "length", _TIME: "time of change", "sample": "data"}
-_WORDS = {"skipped": "the list of what is left as it is", "form": "the form of compressed bytes"}
+_WORDS = {
+    "command": "the command",
+    "skipped": "the list of what is left as it is",
+    "form": "the form of compressed bytes",
+}
 # What follows from the rest: told only where all before it is the same.
 _DERIVED_WORDS = {
     "files": "the number of files (another max_shard_size?)",
@@ -32,6 +36,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """
     before, after = _leaves(old), _leaves(new)
     differing = [path for path in {**before, **after} if before.get(path) != after.get(path)]
+    if ("command",) in differing:
+        differing = [("command",)]  # of another one, all the rest is as well
     own = [path for path in differing if path[0] not in _DERIVED_WORDS]
     told = [
         f"{_name(path)} was {_value(path, before)} and is {_value(path, after)}"

@@ -130,7 +130,7 @@ class AssembledTensor:
 
     def __init__(
         self,
-        pieces: Sequence[tuple[Piece, ShardTensor]],
+        pieces: Sequence[tuple[Piece, ShardTensor | EncodedTensor]],
         dtype: torch.dtype,
         shape: tuple[int, ...],
     ) -> None:
@@ -153,7 +153,10 @@ class AssembledTensor:
         return None
 
     def load(self) -> torch.Tensor:
-        """Copy every piece from its mapping straight to its place, converting on the way."""
+        """Copy every piece from its mapping straight to its place, converting on the way.
+
+        What is packed is decoded first, one of the stored tensors in memory at a time.
+        """
         tensor = empty(self.dtype, self.shape)
         for piece, source in self.pieces:
             value = source.mapped()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,24 @@ def test_what_is_suspended_is_on_disk_and_goes_on(tmp_path: Path) -> None:
     writer.publish()
     found = load_file(path)
     assert all(torch.equal(found[name], value) for name, value in values.items())
+
+
+@pytest.mark.parametrize("fails_at", [0, 9_000_000])
+def test_after_a_failed_write_nothing_is_called_durable(tmp_path: Path, fails_at: int) -> None:
+    """Else a tensor that was complete by then would be noted as done, and is not in the file."""
+    values = tensors()
+    planned: Any = [(name, value.dtype, tuple(value.shape)) for name, value in values.items()]
+    writer = ShardWriter(tmp_path / "x.safetensors", planned, Recorded(fails_at))
+
+    def write_all() -> None:
+        for name in values:
+            writer.write(name, tensor_bytes(values[name]))
+        writer.sync()
+
+    with pytest.raises(StorageError, match="made by the test"):
+        write_all()
+    for _ in range(2):
+        with pytest.raises(StorageError, match="failed before"):
+            writer.sync()
+    with suppress(StorageError):  # of other steps on their way
+        writer.leave()
