@@ -78,6 +78,34 @@ def bound(tensors: dict[str, torch.Tensor]) -> float:
 Cast = Callable[[torch.Tensor], torch.Tensor]
 
 
+def embeddings() -> dict[str, torch.Tensor]:
+    """Token and position embeddings, which are not distributed as matrices of layers are."""
+    return {name: one for name, one in born_fp32().items() if "embeddings.weight" in name}
+
+
+def matrices() -> dict[str, torch.Tensor]:
+    """What a quantizer takes."""
+    return {
+        name: one for name, one in born_fp32().items() if one.dim() == 2 and one.shape[1] % 128 == 0
+    }
+
+
+def int8_by_channel(one: torch.Tensor) -> torch.Tensor:
+    return (one / one.abs().amax(-1, keepdim=True) * 127).round().to(torch.int8)
+
+
+def int4_by_group(one: torch.Tensor) -> torch.Tensor:
+    """Round to 4 bits in groups of 128, two in a byte, as W4A16 is stored."""
+    groups = one.view(len(one), -1, 128)
+    found = (groups / groups.abs().amax(-1, keepdim=True) * 7).round().to(torch.int8) + 8
+    halves = found.view(one.shape).to(torch.uint8)
+    return halves[:, ::2] | halves[:, 1::2] << 4
+
+
+def fp8_by_tensor(one: torch.Tensor) -> torch.Tensor:
+    return (one / one.abs().amax() * 448).to(torch.float8_e4m3fn)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("born", "cast", "most"),
@@ -91,6 +119,13 @@ Cast = Callable[[torch.Tensor], torch.Tensor]
             born_fp32, lambda one: one.clamp(-1, 1).mul(127).to(torch.int8), 0.6, id="int8"
         ),
         pytest.param(born_fp32, lambda one: one.to(torch.float8_e4m3fn), 0.78, id="fp8"),
+        pytest.param(matrices, int8_by_channel, 0.99, id="int8 by channel"),
+        pytest.param(matrices, int4_by_group, 0.86, id="int4 by group"),
+        pytest.param(matrices, fp8_by_tensor, 0.84, id="fp8 by tensor"),
+        pytest.param(embeddings, lambda one: one, 0.84, id="embeddings"),
+        pytest.param(embeddings, lambda one: one.bfloat16(), 0.68, id="embeddings cast to bf16"),
+        pytest.param(born_fp32, lambda one: one.bfloat16().flatten()[1:-2], 0.68, id="odd lengths"),
+        pytest.param(born_fp32, lambda one: torch.full_like(one, 0.02), 0.001, id="constants"),
         # Of these the planes' bytes alone have 0.851 (below): no target of 0.84 can be met.
         pytest.param(born_fp16, lambda one: one, 0.855, id="fp16"),
         pytest.param(born_fp16, lambda one: one.bfloat16(), 0.68, id="bf16 cast from fp16"),
