@@ -32,6 +32,8 @@ from diskoffload.system.files import Files
 from diskoffload.system.memory import elements_overlap, tensor_bytes
 
 _GROUPS_ON_THEIR_WAY = 1
+# Of what is packed, groups are half as large: one is packed while the one before is written.
+_PACKED_GROUPS_ON_THEIR_WAY = 2
 # Tensors larger than a group count as what they are: then one waits for the other.
 _GROUPS_IN_MEMORY = 2
 
@@ -103,7 +105,7 @@ class Ticket:
 
 
 class Writer:
-    """Writes tensors to shards from one thread of its own. Thread-safe."""
+    """Writes tensors to shards from one thread of its own, and packs in another. Thread-safe."""
 
     def __init__(
         self,
@@ -129,8 +131,10 @@ class Writer:
         self._waiting_bytes = 0
         self._running_bytes = 0
         self._running: deque[tuple[list[Ticket], Future[None]]] = deque()
+        self._group_is_packed = False
         self._executor: ThreadPoolExecutor | None = None
-        self._thread_id = 0
+        self._packer: ThreadPoolExecutor | None = None
+        self._thread_ids: set[int] = set()
         self.written_groups = 0
         self.written_bytes = 0
 
@@ -148,10 +152,12 @@ class Writer:
         ticket = Ticket(name, tensor, codec, nbytes, folder=folder)
         with self._lock:
             # Not before the next one comes: until then a newer value may take its place.
-            starts = self._count_waiting() >= self._group_bytes
+            most = _PACKED_GROUPS_ON_THEIR_WAY if self._group_is_packed else _GROUPS_ON_THEIR_WAY
+            enough_bytes = self._group_bytes // most
+            starts = self._count_waiting(enough_bytes) >= enough_bytes
             while self._running and (
                 self._running[0][1].done()
-                or (starts and len(self._running) >= _GROUPS_ON_THEIR_WAY)
+                or (starts and len(self._running) >= most)
                 or self._waiting_bytes + self._running_bytes + nbytes
                 > _GROUPS_IN_MEMORY * self._group_bytes
             ):
@@ -159,11 +165,12 @@ class Writer:
             if starts:
                 self._start_group()
             self._group.append(ticket)
+            self._group_is_packed |= codec is not None
             self._waiting_bytes += nbytes
         return ticket
 
-    def _count_waiting(self) -> int:
-        if self._waiting_bytes >= self._group_bytes:
+    def _count_waiting(self, enough_bytes: int) -> int:
+        if self._waiting_bytes >= enough_bytes:
             self._group = [ticket for ticket in self._group if not ticket.cancelled]
             self._waiting_bytes = sum(ticket.nbytes for ticket in self._group)
         return self._waiting_bytes
@@ -183,23 +190,30 @@ class Writer:
         """Drop what waits, let what runs end, and end the thread."""
         with self._lock:
             self._group.clear()
-            if self._executor is not None:
-                # The collector may end us in our own thread, which cannot wait for itself.
-                wait = threading.get_ident() != self._thread_id
-                self._executor.shutdown(wait=wait, cancel_futures=True)
-                self._executor = None
+            # The collector may end us in our own thread, which cannot wait for itself.
+            wait = threading.get_ident() not in self._thread_ids
+            # What is being written waits for its packer, so that goes last.
+            for executor in (self._executor, self._packer):
+                if executor is not None:
+                    executor.shutdown(wait=wait, cancel_futures=True)
+            self._executor = self._packer = None
             self._running.clear()
             self._running_bytes = 0
 
     def _start_group(self) -> None:
         group = [ticket for ticket in self._group if not ticket.cancelled]
-        self._group, self._waiting_bytes = [], 0
+        self._group, self._waiting_bytes, self._group_is_packed = [], 0, False
         if not group:
             return
         self._running_bytes += sum(ticket.nbytes for ticket in group)
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="diskoffload-writer")
-        self._running.append((group, self._executor.submit(self._write, group)))
+        packing = None
+        if any(ticket.codec is not None for ticket in group):
+            if self._packer is None:
+                self._packer = ThreadPoolExecutor(1, thread_name_prefix="diskoffload-packer")
+            packing = self._packer.submit(self._prepare_all, group)
+        self._running.append((group, self._executor.submit(self._write, group, packing)))
 
     def _finish_oldest(self) -> None:
         group, future = self._running[0]
@@ -209,15 +223,20 @@ class Writer:
         if error is not None:
             unwritten = [ticket for ticket in group if ticket.stored is None]
             self._group[:0] = unwritten
+            self._group_is_packed |= any(ticket.codec is not None for ticket in unwritten)
             self._waiting_bytes += sum(ticket.nbytes for ticket in unwritten)
             try:
                 raise error
             finally:  # else its own traceback keeps the error, and that the tensors
                 del error, group, future, unwritten
 
-    def _write(self, group: list[Ticket]) -> None:
-        self._thread_id = threading.get_ident()
-        items = [_prepare(ticket) for ticket in group]
+    def _prepare_all(self, group: list[Ticket]) -> list[_Item]:
+        self._thread_ids.add(threading.get_ident())
+        return [_prepare(ticket) for ticket in group]
+
+    def _write(self, group: list[Ticket], packing: Future[list[_Item]] | None) -> None:
+        self._thread_ids.add(threading.get_ident())
+        items = self._prepare_all(group) if packing is None else packing.result()
         keys = _unique([ticket.name for ticket in group])
         encodings = {
             key: item.encoding for key, item in zip(keys, items, strict=True) if item.encoding

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +17,12 @@ from writer_bench import KIB, MIB, Bench, check_stored
 from diskoffload.errors import (
     UnsupportedTensorError,
 )
+from diskoffload.store import writer
 from diskoffload.store.encoded import EncodedTensor
 from diskoffload.store.header import ALIGNMENT_BYTES, FILLER_PREFIX
+from diskoffload.store.packing import pack
 from diskoffload.store.stored import ShardTensor, StridedTensor
+from diskoffload.system.files import Files
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -250,3 +255,33 @@ def test_packed_tensors_of_several_chunks_and_strides(bench: Bench) -> None:
     assert isinstance(ticket.stored.inner, EncodedTensor)
     assert ticket.stored.inner.chunk_count == 12
     assert ticket.stored.load().stride() == (1, 3000)
+
+
+def test_one_group_is_packed_while_another_is_written(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed: list[int] = []
+    second, waited = threading.Event(), []
+
+    def counted(data: memoryview, *rest: Any) -> Any:
+        packed.append(len(data))
+        if len(packed) == 2:
+            second.set()
+        return pack(data, *rest)
+
+    class Slow(Files):
+        def write(self, fd: int, data: memoryview, offset: int, path: Path) -> None:
+            waited.append(second.wait(timeout=20))
+            super().write(fd, data, offset, path)
+
+    monkeypatch.setattr(writer, "pack", counted)
+    bench = make(group_bytes=2 * MIB, files=Slow())
+    values = [torch.randn(MIB // 4) for _ in range(4)]
+    tickets = [bench.put(value, codec="zstd", name=f"t{n}") for n, value in enumerate(values)]
+    bench.writer.flush()
+    assert waited
+    assert all(waited)
+    assert packed == [MIB] * 4
+    for ticket, value in zip(tickets, values, strict=True):
+        check_stored(ticket, value)
+    assert len(bench.names()) == 4  # half a group each
