@@ -31,6 +31,7 @@ from . import (
     quantizing,
     report,
     sweep,
+    throttled,
     writing,
 )
 from .figure import SCALES, Figure, Place
@@ -40,7 +41,7 @@ FIGURES: dict[str, Figure] = {
     module.FIGURE.name: module.FIGURE
     for module in (
         *(access, opening, writing, quantizing, sweep, larger_than_memory, growth),
-        compression,
+        *(compression, throttled),
     )
 }
 _FAILED, _WRONG, _INTERRUPTED = 1, 2, 130

@@ -65,16 +65,19 @@ def measure(path: str, library: str, kind: int, passes: int, scratch: str) -> li
         raise RuntimeError("what was unpacked is not what was packed")
     left = size_of(packed) / len(data)
     gigabytes = len(data) / 1e9
-    unpacked = len(data) / unpack_seconds
+    unpacked, packed_per_second = len(data) / unpack_seconds, len(data) / pack_seconds
     return [
         Sample("left_share", left),
-        Sample("pack_bytes_per_second", len(data) / pack_seconds),
+        Sample("pack_bytes_per_second", packed_per_second),
         Sample("unpack_bytes_per_second", unpacked),
         Sample("pack_cpu_seconds", pack_cpu_seconds / gigabytes),
         Sample("unpack_cpu_seconds", unpack_cpu_seconds / gigabytes),
         # What is left is read in left/disk, all of it in 1/disk; decoding takes 1/unpacked.
         Sample("after_bytes_per_second", (1 - left) * unpacked),
         Sample("meanwhile_bytes_per_second", unpacked),
+        # And so with writing and packing.
+        Sample("write_after_bytes_per_second", (1 - left) * packed_per_second),
+        Sample("write_meanwhile_bytes_per_second", packed_per_second),
     ]
 
 
@@ -237,9 +240,11 @@ def _plan(place: Place) -> Plan:
             f"{_PASSES[place.scale]}; processor time is for a GB of the value. zipnn and blosc2 "
             "take their own ways with memory and threads. Offloading takes a checksum of the whole "
             "value besides, and a copy of what is packed.",
-            "Pays below: from which speed of the disk on reading compressed values is slower than "
-            "reading them as they are. It is computed: (1 - left) * unpack, if a value is "
-            "decoded after it was read; unpack itself, if it is decoded while it is read.",
+            "Pays below: from which speed of the disk on compressed values are read, or written, "
+            "no sooner than as they are. It is computed from the measured speeds: (1 - left) * "
+            "unpack, if a value is decoded after it was read; unpack itself, if one is decoded "
+            "while the next is read, as streaming does; and so with pack for writing, of which one "
+            "group is packed while another is written.",
             *([host_memory.NOTE] if host_memory.is_taken_back() else []),
         ],
     )
@@ -286,8 +291,10 @@ FIGURE = Figure(
         "unpack_bytes_per_second": "unpack",
         "pack_cpu_seconds": "processor, pack 1 GB",
         "unpack_cpu_seconds": "processor, unpack 1 GB",
-        "after_bytes_per_second": "pays below, if read before",
-        "meanwhile_bytes_per_second": "pays below, if read meanwhile",
+        "after_bytes_per_second": "reading pays below, decoded after",
+        "meanwhile_bytes_per_second": "reading pays below, decoded meanwhile",
+        "write_after_bytes_per_second": "writing pays below, packed before",
+        "write_meanwhile_bytes_per_second": "writing pays below, packed meanwhile",
     },
     _at_words,
     _plan,

@@ -60,6 +60,8 @@ _ALL = (
     Target("unpack-plain", "compression", "decompression, of zstd level 1's speed", ">=", 1.6),
     Target("unpack-zipnn", "compression", "decompression, of zipnn's speed", ">=", 1.6),
     Target("pack-plain", "compression", "compression, of zstd level 1's speed", ">=", 1.3),
+    Target("onload-packed", "throttled", "onloading, of its speed uncompressed", ">=", 1.0),
+    Target("offload-packed", "throttled", "offloading, of its speed uncompressed", ">=", 1.0),
 )
 
 TARGETS = {target.key: target for target in _ALL}
