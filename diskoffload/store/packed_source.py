@@ -93,7 +93,7 @@ def source_of(packed: Header, file: str) -> PackedSource | None:
     if not isinstance(header, str) or not isinstance(digests, dict) or type(file_bytes) is not int:
         refuse("lacks its source's length, header or digests")
     raw = header.encode("utf-8")
-    if version != _VERSION or not 0 <= file_bytes < 1 << 63:
+    if type(version) is not int or version != _VERSION or not 0 <= file_bytes < 1 << 63:
         refuse(f"says the version {brief(version)} and {brief(file_bytes)} bytes")
     described = parse_header(raw, file_bytes, f"what {file} was packed from")
     if digests.keys() != described.specs.keys():

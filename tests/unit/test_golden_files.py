@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from pathlib import Path
@@ -17,6 +18,7 @@ from shard_files import open_shard, same
 
 from diskoffload.errors import DamagedFileError
 from diskoffload.inspect import inspect_path
+from diskoffload.packing import unpack_checkpoint
 from diskoffload.store.encoded import EncodedTensor
 from diskoffload.store.header import FILLER_PREFIX
 from diskoffload.store.stored import stored_tensors
@@ -25,6 +27,7 @@ from diskoffload.verifying import verify
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 GOLDEN = Path(__file__).parent / "golden"
+PACKED_SOURCE_SHA256 = "17d457b6e9832ea3fae71e7b43d2bbf490518e591cf99e343b07f989699c31ed"
 FILES = {"zstd-1.safetensors": "zstd", "zstd-planes-1.safetensors": "zstd-planes"}
 
 
@@ -42,6 +45,12 @@ def test_golden_files_are_read(file: str) -> None:
     }
     checked = verify(GOLDEN / file)
     assert (checked.checked, checked.unchecked, checked.faults) == (len(expected), 0, [])
+
+
+def test_a_golden_packed_file_gives_back_its_source(tmp_path: Path) -> None:
+    unpack_checkpoint(GOLDEN / "packed-1.safetensors", tmp_path / "out")
+    found = (tmp_path / "out" / "packed-1.safetensors").read_bytes()
+    assert hashlib.sha256(found).hexdigest() == PACKED_SOURCE_SHA256
 
 
 def said_by(path: Path) -> tuple[dict[str, str], dict[str, bytes]]:

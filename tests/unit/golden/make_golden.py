@@ -6,11 +6,14 @@ get names of their own; those of older versions stay, to be read for ever.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
+from diskoffload.packing import pack_checkpoint
 from diskoffload.store.folder import Folder
 
 COUNT = 600
@@ -41,13 +44,20 @@ def golden_values() -> dict[str, torch.Tensor]:
 
 
 def main(place: Path) -> None:
-    """Write one shard with every value."""
+    """Write one shard with every value, and a packed file with nearly every one."""
     folder = Folder(place / "offload")
     for name, value in golden_values().items():
         folder.put(name, value, "zstd")
     folder.flush()
     (shard,) = folder.shards()
     (place / "zstd-planes-1.safetensors").write_bytes(shard.path.read_bytes())
+    source = place / "source.safetensors"
+    values = golden_values()
+    del values["complex128"]  # of which the format knows nothing
+    save_file(values, source, {"format": "pt"})
+    pack_checkpoint(source, place / "packed")
+    (place / "packed" / source.name).rename(place / "packed-1.safetensors")
+    print("the source of packed-1.safetensors:", hashlib.sha256(source.read_bytes()).hexdigest())
 
 
 if __name__ == "__main__":
