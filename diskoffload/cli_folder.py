@@ -12,10 +12,12 @@ from typing import Any
 from diskoffload.budget import format_bytes
 from diskoffload.errors import CommitError
 from diskoffload.inspect import inspect_path
+from diskoffload.store.commits import Commits
 from diskoffload.store.compaction import compact_folder, planned_compaction
 from diskoffload.store.folder import Folder
-from diskoffload.store.journal import JOURNAL_NAME
+from diskoffload.store.journal import JOURNAL_NAME, Journal
 from diskoffload.store.sweeping import sweep
+from diskoffload.system.files import Files
 from diskoffload.verifying import verify
 
 
@@ -57,12 +59,18 @@ def _add_verify(commands: Any) -> None:
         "if something is not as it was written.",
     )
     parser.add_argument("path", metavar="PATH", help="a folder or a safetensors file; only read")
+    parser.add_argument(
+        "--source",
+        metavar="DIR",
+        help="where the checkpoint is that an offload folder's commit belongs to, if it was moved",
+    )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.set_defaults(run=_verify)
 
 
 def _verify(options: argparse.Namespace) -> int:
-    found = verify(options.path, show_progress=not options.json and sys.stderr.isatty())
+    show_progress = not options.json and sys.stderr.isatty()
+    found = verify(options.path, source=options.source, show_progress=show_progress)
     print(json.dumps(found.as_json(), indent=1) if options.json else found)
     return 1 if found.faults else 0
 
@@ -109,6 +117,7 @@ def _add_compact(commands: Any) -> None:
 def _compact(options: argparse.Namespace) -> int:
     place = Path(options.path).expanduser()
     if not (place / JOURNAL_NAME).is_file():
+        Commits(Journal(place, Files()))  # says so if it was lost
         raise CommitError(f"nothing was committed in {place}: it has no {JOURNAL_NAME}")
     done = planned_compaction(place) if options.dry_run else compact_folder(Folder(place))
     if options.json:

@@ -10,7 +10,7 @@ from typing import Any
 from diskoffload.budget import format_bytes
 from diskoffload.checkpoint.fingerprint import check_fingerprint
 from diskoffload.checkpoint.source import INDEX_SUFFIX, Checkpoint
-from diskoffload.errors import CheckpointError, OffloadError
+from diskoffload.errors import CheckpointError, InvalidInputError, OffloadError
 from diskoffload.progress import byte_bar
 from diskoffload.store.commits import Commits, Committed
 from diskoffload.store.digests import check_header
@@ -18,6 +18,7 @@ from diskoffload.store.encoded import EncodedTensor
 from diskoffload.store.folder import open_committed
 from diskoffload.store.header import FILLER_PREFIX
 from diskoffload.store.journal import JOURNAL_NAME, Journal
+from diskoffload.store.marker import MARKER_NAME
 from diskoffload.store.shard import Shard
 from diskoffload.store.stored import ShardTensor, stored_tensors
 from diskoffload.system.files import Files, naming_faults
@@ -85,7 +86,9 @@ class Verification:
         return "\n".join(lines)
 
 
-def verify(path: Path | str, *, show_progress: bool = False) -> Verification:
+def verify(
+    path: Path | str, *, source: Path | str | None = None, show_progress: bool = False
+) -> Verification:
     """Check an offload folder, a checkpoint's folder or one safetensors file.
 
     Every header is checked, and every tensor that has a checksum is read and compared. In an
@@ -93,8 +96,15 @@ def verify(path: Path | str, *, show_progress: bool = False) -> Verification:
     one that was committed, and that the source checkpoint is still what it was. Nothing is
     changed; a folder in use may be verified, where a file that goes meanwhile is no fault.
 
+    Args:
+        path: what to check.
+        source: where the checkpoint is that an offload folder's commit belongs to, if it was
+            moved since; times of change may differ then, as of :func:`diskoffload.reopen`.
+        show_progress: show a progress bar in bytes, with the time left.
+
     Raises:
         CheckpointError: the path does not exist, or has nothing to check.
+        InvalidInputError: a source is named, and nothing there belongs to one.
     """
     place = Path(path).expanduser().absolute()
     if not place.exists():
@@ -103,11 +113,16 @@ def verify(path: Path | str, *, show_progress: bool = False) -> Verification:
     with naming_faults("list the folder", place):
         is_file = place.is_file()
         paths = [place] if is_file else sorted(p for p in place.iterdir() if _is_shard(p))
-    has_journal = (place / JOURNAL_NAME).exists()
+    has_journal = any((place / name).exists() for name in (JOURNAL_NAME, MARKER_NAME))
     if not paths and not has_journal:
         raise CheckpointError(f"{place} has no *.safetensors file and no journal to check")
     if has_journal:
-        _verify_commits(place, found)
+        _verify_commits(place, found, source)
+    elif source is not None:
+        raise InvalidInputError(
+            f"nothing was committed in {place}, so it belongs to no checkpoint; leave "
+            f"source={str(source)!r} out"
+        )
     elif place.is_dir() and next(place.glob(f"*{INDEX_SUFFIX}"), None) is not None:
         _noting(found, str(place), lambda: Checkpoint(place))
     shards = list(_opened(paths, found))
@@ -157,7 +172,7 @@ def _noting(found: Verification, file: str, action: Callable[[], object]) -> Non
             found.faults.append(Fault(file, None, None, str(error)))
 
 
-def _verify_commits(place: Path, found: Verification) -> None:
+def _verify_commits(place: Path, found: Verification, source: Path | str | None) -> None:
     """Check the last commit; if its owner commits meanwhile, the one after it."""
     journal = Journal(place, Files())
     for _ in range(_MOST_TRIES):
@@ -167,7 +182,11 @@ def _verify_commits(place: Path, found: Verification) -> None:
             found.faults.append(Fault(str(journal.path), None, None, str(error)))
             return
         found.commit = last.number
-        faults = list(_faults_of(place, last))
+        if source is not None and last.source is None:
+            raise InvalidInputError(
+                f"the commit in {place} belongs to no checkpoint; leave source={str(source)!r} out"
+            )
+        faults = [*_faults_of(place, last), *_faults_of_source(last, source)]
         try:
             is_the_last = Commits(journal).last.number == found.commit
         except OffloadError:
@@ -189,8 +208,20 @@ def _faults_of(place: Path, last: Committed) -> Iterator[Fault]:
         if isinstance(at, list) and at[0] in keys and at[1] not in keys[at[0]]:
             reason = f"{place / at[0]} does not hold {at[1]!r}, which was committed as {name!r}"
             yield Fault(str(place / at[0]), at[1], None, reason)
-    if last.source is not None:
-        try:
-            check_fingerprint(Checkpoint(last.source["path"]), last.source["files"])
-        except OffloadError as error:
-            yield Fault(str(last.source["path"]), None, None, str(error))
+
+
+def _faults_of_source(last: Committed, named: Path | str | None) -> Iterator[Fault]:
+    if last.source is None:
+        return
+    before = Path(last.source["path"])
+    place = before if named is None else Path(named).expanduser().absolute()
+    try:
+        if not place.exists():
+            raise CheckpointError(
+                f"the commit belongs to the checkpoint {place}, which is not there; name the place "
+                "it was moved to as source (--source)"
+            )
+        moved_from = None if named is None else before
+        check_fingerprint(Checkpoint(place), last.source["files"], moved_from=moved_from)
+    except OffloadError as error:
+        yield Fault(str(place), None, None, str(error))

@@ -15,6 +15,7 @@ from diskoffload.errors import InvalidInputError, NoSpaceError, OutputExistsErro
 from diskoffload.planning import format_bytes
 from diskoffload.store.journal import JOURNAL_NAME, NEW_SUFFIX
 from diskoffload.store.lock import LOCK_NAME
+from diskoffload.store.marker import MARKER_NAME
 from diskoffload.store.sweeping import sweep_unfinished
 from diskoffload.system.files import Files, free_bytes, naming_faults
 
@@ -37,7 +38,9 @@ WEIGHT_SUFFIXES = frozenset(
 # A file beside the weights that is larger than this is no tokenizer or config.
 _MAX_SIDE_FILE_BYTES = 256 << 20
 _SPARE_BYTES = 16 << 20
-_OURS = frozenset((JOURNAL_NAME, JOURNAL_NAME + NEW_SUFFIX, LOCK_NAME))
+_OURS = frozenset((JOURNAL_NAME, JOURNAL_NAME + NEW_SUFFIX, LOCK_NAME, MARKER_NAME))
+# What only an offload folder has.
+_MARKS = (JOURNAL_NAME, LOCK_NAME, MARKER_NAME)
 
 
 def check_output(out: Path, overwrite: bool, advice: str = "") -> None:
@@ -49,7 +52,7 @@ def check_output(out: Path, overwrite: bool, advice: str = "") -> None:
     """
     if out.exists() and not out.is_dir():
         raise InvalidInputError(f"cannot write a checkpoint to {out}: it is a file, not a folder")
-    if overwrite and any((out / name).exists() for name in (JOURNAL_NAME, LOCK_NAME)):
+    if overwrite and any((out / name).exists() for name in _MARKS):
         raise InvalidInputError(
             f"cannot write a checkpoint to {out}: it is an offload folder, and what lies in it "
             "would be lost; name another one"

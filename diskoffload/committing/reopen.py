@@ -148,6 +148,7 @@ def _committed_place(offload_dir: Path | str) -> Path:
     with naming_faults("look for the journal", place):
         is_there = (place / JOURNAL_NAME).is_file()
     if not is_there:
+        Commits(Journal(place, Files()))  # says so if it was lost
         raise CommitError(
             f"nothing was committed in {place}: it has no {JOURNAL_NAME}; open the checkpoint "
             "or offload the model anew, and commit it"

@@ -12,6 +12,7 @@ An entry of the table says where one tensor of the model is. Its ``at`` is one o
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,13 +20,14 @@ from typing import Any
 
 import torch
 
-from diskoffload.errors import DamagedFileError
+from diskoffload.errors import DamagedFileError, StorageError, listed
 from diskoffload.store.journal import Journal, Record
-from diskoffload.store.lock import is_shard_name
+from diskoffload.store.lock import is_shard_name, leftovers
 
 _VERSION = 1
 # What is written whole when it has changed; the tables are written entry by entry.
 _WHOLE = ("note", "source", "born")
+_log = logging.getLogger(__name__)
 _KINDS = frozenset(("parameter", "buffer", "unsaved buffer", "gone", "root"))
 Entry = dict[str, Any]
 
@@ -66,15 +68,42 @@ class Commits:
         """Read what was committed last.
 
         Raises:
-            DamagedFileError: the journal is damaged, or of a later version.
+            DamagedFileError: the journal is damaged, of a later version, or lost.
         """
         self._journal = journal
         self._in_doubt = False
         self.last = _replayed(journal.read(), str(journal.path))
+        self._is_marked = journal.marker.is_there()
+        if self._is_marked and not self.last.number:
+            self._refuse_if_lost()
+
+    def _refuse_if_lost(self) -> None:
+        """Tell a folder whose journal was lost from one in which nothing was ever committed."""
+        path = self._journal.path
+        files = leftovers(path.parent)
+        if files:
+            raise DamagedFileError(
+                f"{path.parent} holds commits ({self._journal.marker.path.name} says so), and "
+                f"{path.name} is {'empty' if path.exists() else 'gone'}, which says where in "
+                f"{len(files)} files they are: {listed([one.name for one in files])}. Nothing was "
+                "changed; put that file back, from wherever it was moved to or from a copy, or "
+                "remove the folder to begin anew"
+            )
 
     def make_durable(self) -> None:
-        """Have on the device what was read; see :meth:`Journal.make_durable`."""
+        """Have on the device what was read, see :meth:`Journal.make_durable`, and say it lasts."""
         self._journal.make_durable()
+        self._mark()
+
+    def _mark(self) -> None:
+        """Have a later loss of the journal noticed; only once what it says is durable."""
+        if self._is_marked or not self.last.number:
+            return
+        try:
+            self._journal.marker.leave()
+            self._is_marked = True
+        except StorageError as error:  # the commit holds without it; the next one tries again
+            _log.warning("should the journal be lost, nobody will notice: %s", str(error))
 
     def write(self, wanted: Committed) -> Committed:
         """Commit a state: what differs from the last one is appended, durably.
@@ -95,6 +124,7 @@ class Commits:
             self._journal.append(_difference(self.last, made))
         self.last = made
         self._in_doubt = False
+        self._mark()
         return made
 
 

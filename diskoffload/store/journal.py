@@ -20,6 +20,7 @@ from typing import Any
 import xxhash
 
 from diskoffload.errors import DamagedFileError, StorageError
+from diskoffload.store.marker import Marker
 from diskoffload.system.files import Files, naming_faults
 
 JOURNAL_NAME = "diskoffload.journal"
@@ -41,6 +42,10 @@ Record = dict[str, Any]
 class Journal:
     """One folder's journal. Not thread-safe: who commits holds a lock.
 
+    Attributes:
+        path: the file.
+        marker: what stays if the file is lost.
+
     After a failed write or fsync the file is never appended to again, for nobody can know what
     of it is on the device: the next record goes into a new file, with all that is alive.
     """
@@ -48,6 +53,7 @@ class Journal:
     def __init__(self, folder: Path, files: Files) -> None:
         """Start with whatever file there is, without looking at it; see :meth:`read`."""
         self.path = folder / JOURNAL_NAME
+        self.marker = Marker(folder, files)
         self._files = files
         self._nbytes = 0
         self._count = 0

@@ -17,7 +17,12 @@ from safetensors.torch import save_file
 
 import diskoffload
 from diskoffload.cli import main
-from diskoffload.errors import CommitError, DamagedFileError, FolderInUseError
+from diskoffload.errors import (
+    CommitError,
+    DamagedFileError,
+    FolderInUseError,
+    InvalidInputError,
+)
 from diskoffload.inspect import inspect_path
 from diskoffload.residency.resident import Residency
 from diskoffload.store.folder import Folder
@@ -116,7 +121,7 @@ def test_a_file_that_is_not_the_committed_one_is_named(
     assert all(str(shard) in fault.reason for fault in faults)
     with pytest.raises(diskoffload.StorageError, match=shard.name):
         diskoffload.reopen(committed, model=bare_again())
-    assert names_in(committed)[-1] == "diskoffload.journal"
+    assert names_in(committed)[-2:] == ["diskoffload.journal", "holds-commits.txt"]
 
 
 def test_a_damaged_journal_is_named_and_nothing_is_removed(
@@ -303,3 +308,25 @@ def test_compacting_a_folder_at_rest(
     assert (done["files"] > 0) == (way != "zstd")  # a copy in memory keeps no file
     assert not diskoffload.verify(committed).faults
     check_values(diskoffload.reopen(committed, model=bare_again(), verify="full"), expected)
+
+
+@pytest.mark.parametrize("way", ["opened"])
+def test_a_moved_source_can_be_named(committed: Path, tmp_path: Path, capsys: Any) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path / "checkpoint", moved, copy_function=shutil.copyfile)
+    shutil.rmtree(tmp_path / "checkpoint")
+    (fault,) = diskoffload.verify(committed).faults
+    assert "which is not there; name the place it was moved to" in fault.reason
+    assert diskoffload.verify(committed, source=moved).faults == []
+    assert main(["verify", str(committed), "--source", str(moved)]) == 0
+    file = moved / "model.safetensors"
+    flip(file, file.stat().st_size - 1)
+    assert main(["verify", str(committed), "--source", str(moved)]) == 1
+    assert "was changed or replaced since the commit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("way", ["scratch"])
+def test_a_source_of_what_has_none_is_refused(committed: Path, tmp_path: Path) -> None:
+    for path in (committed, next(committed.glob("*.safetensors"))):
+        with pytest.raises(InvalidInputError, match=r"belongs to no checkpoint; leave source="):
+            diskoffload.verify(path, source=tmp_path)

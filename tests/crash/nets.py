@@ -174,4 +174,4 @@ def stray_files(offload_dir: Path, shards: set[str]) -> set[str]:
     found: set[str] = set()
     with suppress(FileNotFoundError):
         found = {path.name for path in offload_dir.iterdir()}
-    return found - shards - {"diskoffload.journal", "diskoffload.lock"}
+    return found - shards - {"diskoffload.journal", "diskoffload.lock", "holds-commits.txt"}

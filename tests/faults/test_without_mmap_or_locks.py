@@ -153,8 +153,10 @@ def test_shards_at_rest_that_are_not_mapped_hold_no_descriptor(tmp_path: Path) -
         stored.load()
 
 
-# Tests that need mappings: what a mapped read does not notice, and when it lets a file go.
+# Tests that need mappings: what a mapped read does not notice, when it lets a file go, and what
+# of one is compared at a commit.
 ABOUT_MAPPINGS = [
+    "test_commit_blind",
     "test_a_wrong_byte_of_data_is_named",
     "test_a_mapped_tensor_is_not_compacted_away",
     "test_compacting_a_folder_at_rest",
