@@ -152,6 +152,9 @@ def _report(result: QuantizeResult, seconds: float, *, as_json: bool) -> None:
         measured = {"seconds": seconds, "resumed": result.resumed, "anonymous_bytes": anonymous}
         print(json.dumps({**plan.as_json(), **measured}, indent=1))
         return
+    if plan.is_made:
+        print(f"{result.out} is the result of this very command already: nothing was left to do")
+        return
     print(
         f"{plan.scheme}: {len(plan.quantized)} weights quantized, {len(plan.copied)} tensors "
         f"copied; {format_bytes(plan.read_bytes)} -> {format_bytes(plan.written_bytes)} in "

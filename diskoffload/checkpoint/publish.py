@@ -11,7 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diskoffload.checkpoint.source import INDEX_SUFFIX
-from diskoffload.errors import InvalidInputError, NoSpaceError, OutputExistsError
+from diskoffload.errors import (
+    InvalidInputError,
+    NoSpaceError,
+    OutputExistsError,
+    StorageError,
+)
 from diskoffload.planning import format_bytes
 from diskoffload.store.journal import JOURNAL_NAME, NEW_SUFFIX
 from diskoffload.store.lock import LOCK_NAME
@@ -35,10 +40,12 @@ WEIGHT_SUFFIXES = frozenset(
         ".partial",
     }
 )
+RECORD_NAME = "diskoffload-quantized.json"
+"""Says which job a result of ``quantize`` is of; it is of no other checkpoint."""
 # A file beside the weights that is larger than this is no tokenizer or config.
 _MAX_SIDE_FILE_BYTES = 256 << 20
 _SPARE_BYTES = 16 << 20
-_OURS = frozenset((JOURNAL_NAME, JOURNAL_NAME + NEW_SUFFIX, LOCK_NAME, MARKER_NAME))
+_OURS = frozenset((JOURNAL_NAME, JOURNAL_NAME + NEW_SUFFIX, LOCK_NAME, MARKER_NAME, RECORD_NAME))
 # What only an offload folder has.
 _MARKS = (JOURNAL_NAME, LOCK_NAME, MARKER_NAME)
 
@@ -89,14 +96,15 @@ def new_folder(out: Path, files: Files, *, overwrite: bool) -> Iterator[Path]:
     at the name with ``.old`` in it.
     """
     check_output(out, overwrite, ", or pass overwrite=True")
-    if files.make_folder(out.parent):
-        files.sync_folder(out.parent.parent)
-    with contextlib.suppress(PermissionError):  # a place that may be written but not listed
-        sweep_unfinished(out.parent, files, name=out.name)
+    parents = files.make_folder(out.parent)
     building = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
-    files.make_folder(building)
     fd = -1
     try:
+        if parents:
+            files.sync_folder(out.parent.parent)
+        with contextlib.suppress(PermissionError):  # a place that may be written but not listed
+            sweep_unfinished(out.parent, files, name=out.name)
+        files.make_folder(building)
         fd = files.lock(building / LOCK_NAME)  # tells a sweep that it is still being written
         yield building
         if out.is_dir():
@@ -121,6 +129,8 @@ def new_folder(out: Path, files: Files, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(building, ignore_errors=True)
         if fd >= 0:
             files.close(fd)
+        with contextlib.suppress(StorageError):  # of a failed save
+            files.remove_folders_if_empty(parents)
 
 
 def _sync_all(folder: Path, files: Files) -> None:
@@ -143,7 +153,7 @@ def _carry_over(old: Path, new: Path) -> None:
         is_weights = len(relative.parts) == 1 and (
             source.suffix == ".safetensors" or source.name.endswith(INDEX_SUFFIX)
         )
-        if is_weights or target.exists():
+        if is_weights or target.exists() or relative == Path(RECORD_NAME):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         with naming_faults("carry over the file", source):

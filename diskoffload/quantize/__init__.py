@@ -1,7 +1,7 @@
 """Quantization of a checkpoint, tensor by tensor, from file to file."""
 
-from diskoffload.quantize.plan import QuantizePlan, plan_quantization
-from diskoffload.quantize.run import QuantizeResult, quantize_checkpoint
+from diskoffload.quantize.plan import QuantizePlan
+from diskoffload.quantize.run import QuantizeResult, plan_quantization, quantize_checkpoint
 from diskoffload.resumable.interrupted import Interrupted
 
 __all__ = [

@@ -14,7 +14,7 @@ import torch
 
 from diskoffload.budget import format_bytes, parse_bytes
 from diskoffload.checkpoint.layout import Layout, lay_out
-from diskoffload.checkpoint.publish import check_output
+from diskoffload.checkpoint.publish import RECORD_NAME, check_output
 from diskoffload.checkpoint.source import CONFIG_NAME, Checkpoint
 from diskoffload.errors import (
     BudgetError,
@@ -58,6 +58,7 @@ class QuantizePlan:
         written_bytes: of all tensors of the result.
         memory_bytes: anonymous memory that the work needs beside the interpreter's.
         shards: how many files the result has.
+        is_made: whether the result is there already, so that nothing is left to do.
     """
 
     source: str
@@ -71,6 +72,7 @@ class QuantizePlan:
     written_bytes: int
     memory_bytes: int
     shards: int
+    is_made: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Give it as what :func:`json.dumps` takes; sizes are in bytes."""
@@ -91,6 +93,8 @@ class QuantizePlan:
             lines.append(f"  {len(self.converted)} of all these are converted for {self.dtype}:")
             changes = Counter(self.converted.values())
             lines += [f"    {count:6d}  {change}" for change, count in changes.most_common()]
+        if self.is_made:
+            lines.append(f"nothing of it is left to do: {self.out} is the result already")
         return "\n".join(lines)
 
 
@@ -107,20 +111,6 @@ class Job:
     files: Files = field(default_factory=Files)
 
 
-def plan_quantization(
-    source: Path | str,
-    out: Path | str,
-    scheme: str,
-    *,
-    ignore: Sequence[str] = ("lm_head",),
-    max_memory: int | str | None = None,
-    max_shard_size: int | str = "5GB",
-    dtype: torch.dtype | str | None = None,
-) -> QuantizePlan:
-    """Say what :func:`quantize_checkpoint` would do, and do nothing; print the result to see it."""
-    return prepare(source, out, scheme, ignore, max_memory, max_shard_size, dtype).plan
-
-
 def prepare(
     source: Path | str,
     out: Path | str,
@@ -134,7 +124,7 @@ def prepare(
     scheme = scheme_named(scheme_name)
     dtype_name = None if dtype is None else _dtype_name(dtype)
     target = Path(out).expanduser().resolve()
-    if not (target / NOTE_NAME).exists():  # one that was killed at its last step has a note
+    if not any((target / name).exists() for name in (NOTE_NAME, RECORD_NAME)):  # see is_made
         check_output(target, overwrite=False)
     max_shard_bytes = parse_bytes(max_shard_size)
     checkpoint = Checkpoint(source)

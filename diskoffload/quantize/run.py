@@ -12,25 +12,27 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from diskoffload.budget import format_bytes
-from diskoffload.checkpoint.publish import check_output, check_space
+from diskoffload.checkpoint.publish import RECORD_NAME, check_output, check_space
 from diskoffload.checkpoint.source import CONFIG_NAME
 from diskoffload.errors import StorageError
 from diskoffload.progress import byte_bar
 from diskoffload.quantize.config import config_of_result
 from diskoffload.quantize.convert import copy_in_dtype, load_in_dtype
+from diskoffload.quantize.made import is_made
 from diskoffload.quantize.plan import Job, QuantizePlan, prepare
 from diskoffload.quantize.state import SHARD_METADATA, State
+from diskoffload.resumable.claim import Claim
 from diskoffload.resumable.finish import finish
 from diskoffload.resumable.interrupted import Interrupted
 from diskoffload.resumable.lock import FolderLock
-from diskoffload.resumable.note import NOTE_NAME
+from diskoffload.resumable.note import NOTE_NAME, note_text
 from diskoffload.store.encoded import EncodedTensor
 from diskoffload.store.shard_writer import ShardWriter
 from diskoffload.store.stored import ShardTensor
@@ -46,7 +48,7 @@ class QuantizeResult:
     Attributes:
         plan: what was to be done.
         out: the finished checkpoint.
-        resumed: how many weights an earlier, interrupted run had done.
+        resumed: how many tensors an earlier run had done; all of them if the result was there.
     """
 
     plan: QuantizePlan
@@ -75,7 +77,8 @@ def quantize_checkpoint(
 
     Args:
         source: a checkpoint's folder; only read.
-        out: the result's folder; must not exist, or be empty.
+        out: the result's folder; must not exist, or be empty. If it holds the result of the
+            very same job nothing is left to do.
         scheme: ``"W8A16"``, ``"W4A16"`` or ``"FP8"``.
         ignore: modules that stay as they are: names, or patterns after ``"re:"``.
         max_memory: bytes that may be taken, or as ``"1GiB"``; checked before the start.
@@ -107,6 +110,21 @@ def quantize_checkpoint(
     return carry_out(job, show_progress=show_progress, stop=stop)
 
 
+def plan_quantization(
+    source: Path | str,
+    out: Path | str,
+    scheme: str,
+    *,
+    ignore: Sequence[str] = ("lm_head",),
+    max_memory: int | str | None = None,
+    max_shard_size: int | str = "5GB",
+    dtype: torch.dtype | str | None = None,
+) -> QuantizePlan:
+    """Say what :func:`quantize_checkpoint` would do, and do nothing; print the result to see it."""
+    job = prepare(source, out, scheme, ignore, max_memory, max_shard_size, dtype)
+    return replace(job.plan, is_made=is_made(job))
+
+
 def carry_out(
     job: Job, *, show_progress: bool = False, stop: Callable[[], bool] = lambda: False
 ) -> QuantizeResult:
@@ -115,6 +133,8 @@ def carry_out(
     partial = out.with_name(out.name + ".partial")
     if (out / NOTE_NAME).exists():
         return _end_after_all(job, out)
+    if is_made(job):
+        return QuantizeResult(replace(job.plan, is_made=True), out, len(job.outputs))
     if not partial.exists():
         check_space(out, job.plan.written_bytes)  # before anything is written, the lock too
     with FolderLock(partial, job.files) as lock:
@@ -134,15 +154,16 @@ def carry_out(
         title = f"Quantizing to {job.scheme.name}"
         with byte_bar(job.plan.read_bytes, title, show=show_progress) as bar:
             _Work(job, partial, state).run(bar, stop)
-        own, source = _own_files(job), job.checkpoint.folder
+        own, source = _own_files(job, state.claim), job.checkpoint.folder
         finish(partial, out, own, source, job.files, lock, state.claim)
     return QuantizeResult(job.plan, out, resumed)
 
 
-def _own_files(job: Job) -> dict[str, bytes]:
+def _own_files(job: Job, claim: Claim) -> dict[str, bytes]:
     """Give what is written beside the weights."""
     config = json.dumps(config_of_result(job), indent=2) + "\n"
-    made = {CONFIG_NAME: config.encode("utf-8")}
+    record = note_text({"job": claim.identity})
+    made = {CONFIG_NAME: config.encode("utf-8"), RECORD_NAME: record.encode("utf-8")}
     index = job.layout.index_json()
     if index is not None:
         made[job.layout.index_name] = index.encode("utf-8")

@@ -30,6 +30,7 @@ class Claim:
     """One job's claim to a folder in which its result grows; the folder is locked already.
 
     Attributes:
+        identity: all that decides the result's bytes.
         note: what an earlier run of the same job noted; ``None`` if it is the first.
     """
 
@@ -51,7 +52,7 @@ class Claim:
         """
         self._folder = folder
         self._source = str(source)
-        self._identity = identity
+        self.identity = identity
         self._files = files
         self._unnoted_bytes = 0
         self._noted_seconds = time.monotonic()
@@ -74,7 +75,7 @@ class Claim:
             )
 
     def _check_same(self, note: dict[str, Any]) -> None:
-        told = differences(note["job"], self._identity)
+        told = differences(note["job"], self.identity)
         if told:
             raise OutputExistsError(
                 f"{self._folder} holds the unfinished result of another job: {'; '.join(told)}. "
@@ -122,7 +123,7 @@ class Claim:
         Raises:
             StorageError: the note is as before, or perhaps the new one.
         """
-        note = {"source": self._source, **progress, "job": self._identity}
+        note = {"source": self._source, **progress, "job": self.identity}
         write_note(self._folder, note, self._files)
         self._unnoted_bytes = 0
         self._noted_seconds = time.monotonic()

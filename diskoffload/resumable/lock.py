@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -34,7 +35,11 @@ class FolderLock:
         self._made = files.make_folder(folder)
         try:
             self._fd = files.lock(folder / LOCK_NAME)
-        except FolderInUseError as error:
+        except StorageError as error:
+            with suppress(StorageError):
+                files.remove_folders_if_empty(self._made)
+            if not isinstance(error, FolderInUseError):
+                raise
             # Its words are those of an offload folder.
             said = str(error.strerror).replace("another offload_dir", "another result")
             raise FolderInUseError(error.errno, said, str(folder)) from error
@@ -53,17 +58,16 @@ class FolderLock:
     def moved_to(self, folder: Path) -> None:
         """Take note that the folder has another name now, and stays."""
         self._folder = folder
-        self._made = False
+        self._made = ()
 
     def release(self) -> None:
-        """Remove the lock, if that was not done, and the folder if we made it and it is empty."""
+        """Remove the lock, if that was not done, and folders that we made if they are empty."""
         if not self._is_held or os.getpid() != self._pid:  # in a forked child it is its parent's
             return
         self._is_held = False
         try:
             self._files.remove(self._folder / LOCK_NAME)
-            if self._made:
-                self._files.remove_folder_if_empty(self._folder)
+            self._files.remove_folders_if_empty(self._made)
         except StorageError as error:
             _log.warning("%s", error)
         finally:

@@ -23,14 +23,19 @@ _FORMAT = 2
 _MAX_BYTES = 64 << 20  # more than any note has
 
 
-def read_note(folder: Path, files: Files) -> dict[str, Any] | None:
+def read_note(folder: Path, files: Files, name: str = NOTE_NAME) -> dict[str, Any] | None:
     """Give what the note in a folder says; ``None`` where there is none.
+
+    Args:
+        folder: an unfinished result, or a finished one.
+        files: the file operations.
+        name: of the note.
 
     Raises:
         DamagedFileError: it is not what was written, or of another version.
         StorageError: it cannot be read.
     """
-    path = folder / NOTE_NAME
+    path = folder / name
     if not path.exists():
         return None
     with _naming_damage(path):
@@ -55,10 +60,15 @@ def write_note(folder: Path, note: dict[str, Any], files: Files) -> None:
     """
     new = folder / NEW_NOTE_NAME
     files.remove(new)
-    content = {"format": _FORMAT, "xxh3_64": _checksum(note), "note": note}
-    write_text(new, json.dumps(content, indent=1) + "\n", files)
+    write_text(new, note_text(note), files)
     files.rename(new, folder / NOTE_NAME)
     files.sync_folder(folder)
+
+
+def note_text(note: dict[str, Any]) -> str:
+    """Give the content of a note's file: the note, its format and its checksum."""
+    content = {"format": _FORMAT, "xxh3_64": _checksum(note), "note": note}
+    return json.dumps(content, indent=1) + "\n"
 
 
 def remove_note(folder: Path, files: Files) -> None:

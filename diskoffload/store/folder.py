@@ -45,9 +45,9 @@ class Folder:
     """A folder that this process owns and writes shards of offloaded tensors to.
 
     A shard's file lives as long as a stored tensor of it. Files of others are never
-    touched. Without a commit the folder is scratch: nothing of ours stays in it, and a
-    folder that we made goes as well. What was committed stays, until a later commit no
-    longer refers to it. What a process that died has left goes when the folder is opened.
+    touched. Without a commit the folder is scratch: nothing of ours stays in it, and folders
+    that we made go as well. What was committed stays, until a later commit no longer refers
+    to it. What a process that died has left goes when the folder is opened.
 
     Attributes:
         path: absolute path.
@@ -85,7 +85,8 @@ class Folder:
         files = files or Files()
         if path is None:
             with naming_faults("make a temporary folder", tempfile.tempdir or "TMPDIR"):
-                self.path, made = Path(tempfile.mkdtemp(prefix="diskoffload-")), True
+                self.path = Path(tempfile.mkdtemp(prefix="diskoffload-"))
+            made: tuple[Path, ...] = (self.path,)
             if is_named:
                 _log.warning(
                     "no offload_dir was given: offloading to %s, gone at the end", self.path
@@ -122,13 +123,12 @@ class Folder:
         self._end = weakref.finalize(self, _end_writer, self._writer, self._owner.pid)
         self._is_made = True
 
-    def _take(self, made: bool) -> None:
+    def _take(self, made: tuple[Path, ...]) -> None:
         try:
             self._owner = Ownership.taken_by(self, self.path, made, self._files)
         except BaseException:
-            if made:
-                with suppress(StorageError):
-                    self._files.remove_folder_if_empty(self.path)
+            with suppress(StorageError):
+                self._files.remove_folders_if_empty(made)
             raise
         self._commits = Commits(Journal(self.path, self._files))
         self._commits.make_durable()

@@ -36,11 +36,11 @@ class Ownership:
     """This process's right to write in a folder.
 
     It lasts as long as the folder object or a shard in it; then the lock goes, and the
-    folder with it if we made it and nothing of others is inside. In a forked child
+    folders with it that we made and in which nothing of others is. In a forked child
     nothing of this happens.
     """
 
-    def __init__(self, path: Path, made: bool, files: Files) -> None:
+    def __init__(self, path: Path, made: tuple[Path, ...], files: Files) -> None:
         """Lock the folder.
 
         Raises:
@@ -65,7 +65,9 @@ class Ownership:
         weakref.finalize(self, _give_up, files, self.pid, files.lock(lock), lock, made)
 
     @classmethod
-    def taken_by(cls, user: OwnsFolder, path: Path, made: bool, files: Files) -> Ownership:
+    def taken_by(
+        cls, user: OwnsFolder, path: Path, made: tuple[Path, ...], files: Files
+    ) -> Ownership:
         """Lock a folder for an object that writes there.
 
         What another object of this process, closed or gone by now, has left in use (tensors
@@ -178,14 +180,13 @@ def _removed(files: Files, path: Path) -> bool:
     return True
 
 
-def _give_up(files: Files, pid: int, fd: int, lock: Path, made: bool) -> None:
+def _give_up(files: Files, pid: int, fd: int, lock: Path, made: tuple[Path, ...]) -> None:
     if os.getpid() != pid:
         return
     try:
         try:
             files.remove(lock)
-            if made:
-                files.remove_folder_if_empty(lock.parent)
+            files.remove_folders_if_empty(made)
         finally:
             files.close(fd)
     except StorageError as error:

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -379,17 +379,29 @@ class Files:
         with naming_faults("remove the file", path):
             path.unlink(missing_ok=True)
 
-    def make_folder(self, path: Path) -> bool:
-        """Make a folder and its parents; tell whether it was not there before.
+    def make_folder(self, path: Path) -> tuple[Path, ...]:
+        """Make a folder and its parents; give those that were not there before, innermost first.
 
-        Parents that were made are durable afterwards, the folder's own name is not.
+        Parents that were made are durable afterwards, the folder's own name is not. If it
+        cannot be made, none of them is left.
         """
         with naming_faults("make the folder", path):
-            made = [one for one in (path, *path.parents) if not one.exists()]
-            path.mkdir(parents=True, exist_ok=True)
-        for one in made[1:]:
-            self.sync_folder(one.parent)
-        return bool(made)
+            made = tuple(one for one in (path, *path.parents) if not one.exists())
+        try:
+            with naming_faults("make the folder", path):
+                path.mkdir(parents=True, exist_ok=True)
+            for one in made[1:]:
+                self.sync_folder(one.parent)
+        except BaseException:
+            with contextlib.suppress(StorageError):
+                self.remove_folders_if_empty(made)
+            raise
+        return made
+
+    def remove_folders_if_empty(self, paths: Iterable[Path]) -> None:
+        """Remove folders, from the innermost on, up to the first in which something is left."""
+        for path in paths:
+            self.remove_folder_if_empty(path)
 
     def remove_folder_if_empty(self, path: Path) -> None:
         """Remove a folder unless something is left in it."""

@@ -129,7 +129,7 @@ class Watched(Files):
         whole = super().remove
         self.watch("remove", path, lambda: whole(path))
 
-    def make_folder(self, path: Path) -> bool:
+    def make_folder(self, path: Path) -> tuple[Path, ...]:
         return self.watch("make_folder", path, lambda: super(Watched, self).make_folder(path))
 
     def lock(self, path: Path) -> int:
@@ -380,7 +380,7 @@ class Recording(Failing):
             if str(path) in self._file_at:
                 self._note("remove", path, self._file_at.pop(str(path)))
 
-    def make_folder(self, path: Path) -> bool:
+    def make_folder(self, path: Path) -> tuple[Path, ...]:
         with self._in_order:
             new = [one for one in (path, *path.parents) if not one.exists()]
             for one in reversed(new):

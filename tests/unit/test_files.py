@@ -243,8 +243,8 @@ def test_removing_twice_is_fine(tmp_path: Path) -> None:
 
 def test_folders_are_made_and_removed_only_when_empty(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
-    assert FILES.make_folder(folder) is True
-    assert FILES.make_folder(folder) is False
+    assert FILES.make_folder(folder) == (folder, folder.parent)
+    assert FILES.make_folder(folder) == ()
     (folder / "mine").write_text("1")
     FILES.remove_folder_if_empty(folder)
     assert (folder / "mine").exists()
@@ -252,6 +252,8 @@ def test_folders_are_made_and_removed_only_when_empty(tmp_path: Path) -> None:
     FILES.remove_folder_if_empty(folder)
     FILES.remove_folder_if_empty(folder)
     assert not folder.exists()
+    FILES.remove_folders_if_empty((folder, folder.parent))
+    assert not folder.parent.exists()
     (tmp_path / "file").write_text("1")
     with pytest.raises(StorageError):
         FILES.make_folder(tmp_path / "file")
