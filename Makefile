@@ -24,7 +24,7 @@ help:
 	@echo "make test       lint, check the types, run the default tests"
 	@echo "make test-slow  run the tests that take a while"
 	@echo "make test-portable  run the default tests without Linux's own calls, as on macOS"
-	@echo "make test-long  crash and fail at every step: an hour or so"
+	@echo "make test-long  crash and fail at every step: an hour or so; DISKOFFLOAD_TESTS=full for more"
 	@echo "make fuzz       feed made-up files to the readers for FUZZ_SECONDS=$(FUZZ_SECONDS), guided by atheris"
 	@echo "make bench      measure beside peers and the raw disk, in under 15 minutes, to $(BENCH_DIR)"
 	@echo "make bench-full the same with larger models and more rounds: an hour or more"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cached_property
 
 import torch
 
@@ -131,14 +133,7 @@ class Overlay:
         return Held(name, backing, template=_template(meta, entry, None))
 
     def _show(self, name: str, entry: Entry) -> None:
-        prefix, _, key = name.rpartition(".")
-        try:
-            module = self._model.get_submodule(prefix)
-        except AttributeError as error:
-            raise CommitError(
-                f"the commit in {self._folder.path} has {name!r} and the model has no module "
-                f"{prefix!r}: it was added after the model was made; add it before reopening"
-            ) from error
+        module, key = self._place_of(name)
         parameters, buffers = module._parameters, module._buffers
         assert isinstance(parameters, DiskCache)
         assert isinstance(buffers, DiskCache)
@@ -160,6 +155,30 @@ class Overlay:
         if entry["is"] == "parameter":
             _train(self._held[name], entry["grad"])
         wanted.bind_lazily(key, self._held[name])
+
+    def _place_of(self, name: str) -> tuple[torch.nn.Module, str]:
+        """Find the module that a full name is of, and the name in it."""
+        prefix, _, key = name.rpartition(".")
+        with suppress(AttributeError):
+            return self._model.get_submodule(prefix), key
+        if name in self._dotted:
+            return self._dotted[name]
+        raise CommitError(
+            f"the commit in {self._folder.path} has {name!r} and the model has no module "
+            f"{prefix!r}: it was added after the model was made; add it before reopening"
+        )
+
+    @cached_property
+    def _dotted(self) -> dict[str, tuple[torch.nn.Module, str]]:
+        """By full name, what has dots in its own: who writes to ``_parameters`` can do that."""
+        return {
+            f"{prefix}.{key}" if prefix else key: (module, key)
+            for prefix, module in self._model.named_modules()
+            for mapping in (module._parameters, module._buffers)
+            if isinstance(mapping, DiskCache)
+            for key in mapping.born
+            if "." in key
+        }
 
 
 def _train(held: Held, wanted: bool) -> None:

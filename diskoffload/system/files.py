@@ -52,6 +52,7 @@ _ADVICE = {
     errno.EACCES: _PERMISSION,
     errno.EPERM: _PERMISSION,
     errno.EROFS: "mount it for writing, or name a folder that can be written to",
+    errno.ELOOP: "a symbolic link is not followed here: remove it, or name another folder",
     errno.EMFILE: _DESCRIPTORS,
     errno.ENFILE: _DESCRIPTORS,
     errno.EIO: "the device failed: see the system's log, and do not trust it before it is mended",

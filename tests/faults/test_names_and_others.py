@@ -95,6 +95,29 @@ def test_each_name_alone_is_written_and_read(tmp_path: Path, name: str) -> None:
 # ---------------------------------------------------------------- files of others
 
 
+def test_a_name_with_dots_in_it_comes_back(tmp_path: Path) -> None:
+    """No way of torch's own gives one, but who writes to the dictionary can."""
+
+    class Dotted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Linear(2, 2)
+            for number, name in enumerate(("../x", ".", "a.b", "/etc/x")):
+                self.inner._parameters[name] = torch.nn.Parameter(torch.full((4,), float(number)))
+
+    net = Dotted()
+    diskoffload.offload_module(net.inner, "cpu", "disk", offload_dir=tmp_path / "off")
+    with torch.no_grad():
+        for name in ("../x", "a.b"):
+            net.inner._parameters[name].add_(10)
+    expected = values(net)
+    diskoffload.commit(net)
+    del net
+    gc.collect()
+    check(diskoffload.reopen(tmp_path / "off", model=Dotted(), verify="full"), expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["off"]
+
+
 def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
     place, precious = tmp_path / "off", tmp_path / "precious"
     place.mkdir()
