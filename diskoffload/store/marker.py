@@ -35,9 +35,8 @@ class Marker:
         """Mark the folder, durably; what the file says is for people.
 
         Raises:
-            StorageError: it is not marked, or perhaps not.
+            StorageError: it is not marked, or perhaps not; something of others may be there.
         """
-        self._files.remove(self.path)  # a link, say
         with self._files.writing(self.path, new=True) as fd:
             self._files.write(fd, memoryview(_TEXT.encode("ascii")), 0, self.path)
         self._files.sync_folder(self.path.parent)

@@ -143,3 +143,15 @@ def test_the_mark_is_made_after_the_commit_is_durable(
     at = done.index(("create", MARKER_NAME))
     assert ("sync_folder", "off") in done[done.index(("create", JOURNAL_NAME + ".new")) : at]
     assert done[at:] == [("create", MARKER_NAME), ("sync_folder", "off")]
+
+
+def test_what_others_have_in_its_place_stays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = tmp_path / "off"
+    module = offloaded(place)
+    (place / MARKER_NAME).symlink_to(tmp_path / "nothing")
+    assert diskoffload.commit(module).number == 1
+    assert "nobody will notice" in caplog.text
+    assert (place / MARKER_NAME).is_symlink()
+    assert not (tmp_path / "nothing").exists()
