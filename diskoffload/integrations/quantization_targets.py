@@ -32,7 +32,7 @@ class Targets:
     Attributes:
         weights: names of the stored weights, in the checkpoint's order.
         left: name -> why a stored tensor stays as it is.
-        ignore: what ``config.json`` says is not quantized.
+        ignore: what ``config.json`` says is not quantized, sorted.
         dtypes: name -> the dtype in which a stored tensor is quantized, or copied. Another
             than the stored one only where a dtype was asked for.
     """
@@ -103,7 +103,8 @@ def find_targets(
             experts_left.append(f"{name} ({reason})")
     if scheme.file_format == "pack-quantized":
         _refuse_experts(scheme, experts_left, stacks_left)
-    return Targets(weights, left, tuple(dict.fromkeys(dense)), dtypes)
+    # In one order, however the tensors lie in the files: their dtypes decide that, too.
+    return Targets(weights, left, tuple(sorted(set(dense))), dtypes)
 
 
 def _refuse_experts(scheme: Scheme, left: Sequence[str], stacks: Sequence[str]) -> None:

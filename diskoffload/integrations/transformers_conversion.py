@@ -21,6 +21,8 @@ from diskoffload.integrations.transformers import require_pretrained, require_tr
 from diskoffload.integrations.transformers_tracing import TracedTensor
 from diskoffload.store.recipe import Piece, Recipe
 
+_Read = Callable[[str], torch.Tensor]
+
 
 class StoredSpec(Protocol):
     """What a checkpoint's header says of one tensor."""
@@ -59,9 +61,7 @@ class Conversion:
     _rule: Any = field(repr=False)
     _taken: tuple[tuple[str, str], ...] = field(repr=False)
 
-    def run(
-        self, model: torch.nn.Module, read: Callable[[str], torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def run(self, model: torch.nn.Module, read: _Read) -> dict[str, torch.Tensor]:
         """Make the model's tensors out of real ones.
 
         Args:
@@ -258,8 +258,14 @@ def _convert(
     rule, taken = plan.converted[name]
     sources = tuple(dict.fromkeys(source for source, _ in taken))
 
+    wanted = tensors[name].dtype
+
     def traced(source: str) -> torch.Tensor:
-        return TracedTensor.stored(source, stored[source].shape, stored[source].dtype)
+        dtype = stored[source].dtype
+        # transformers converts dtypes first; a rule that does it again finds nothing to do.
+        if dtype.is_floating_point and wanted.is_floating_point:
+            dtype = wanted
+        return TracedTensor.stored(source, stored[source].shape, dtype)
 
     try:
         made = _run(rule, name, taken, model, traced)
@@ -282,11 +288,7 @@ def _convert(
 
 
 def _run(
-    rule: Any,
-    name: str,
-    taken: Sequence[tuple[str, str]],
-    model: Any,
-    read: Callable[[str], torch.Tensor],
+    rule: Any, name: str, taken: Sequence[tuple[str, str]], model: Any, read: _Read
 ) -> dict[str, torch.Tensor]:
     """Run a copy of a converter, which keeps what it was given."""
     own = copy.deepcopy(rule)

@@ -1,6 +1,6 @@
 """Conversions that compute rather than move: transformers' own code makes the tensors.
 
-No family of transformers has one today, so here is one: rows stored apart from their lengths.
+Hardly a family of transformers has one, so here is one: rows stored apart from their lengths.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def source(dtype: torch.dtype, tmp_path: Path) -> Iterator[Path]:
 
 
 def register(operation: core_model_loading.ConversionOps) -> None:
-    rule = core_model_loading.WeightConverter(list(STORED), [MADE], [operation])
+    rule = core_model_loading.WeightConverter(list(STORED), [MADE], operations=[operation])
     conversion_mapping.register_checkpoint_conversion_mapping(
         "LlamaForCausalLM", [rule], overwrite=True
     )
