@@ -61,6 +61,7 @@ class Streaming:
         self.is_on = mode == "streamed"
         self.buffers = Buffers()
         self._filling = Filling()
+        weakref.finalize(self, setattr, self._filling, "is_over", True)
         self._fills: weakref.WeakKeyDictionary[Held, Fill] = weakref.WeakKeyDictionary()
         self._shown: deque[weakref.ref[Held]] = deque()
         self._decide_again_at = 0.0

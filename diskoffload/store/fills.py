@@ -89,9 +89,14 @@ class Filling:
     """Reads tensors into buffers. Thread-safe.
 
     Its threads live only while there is something to read. In a forked child it begins anew.
+
+    Attributes:
+        is_over: nobody waits for what is still to be read, so it is not. May be set from a
+            finalizer: it takes no lock.
     """
 
     def __init__(self) -> None:
+        self.is_over = False
         self._lock = threading.Lock()
         self._pieces: deque[tuple[Fill, int, int]] = deque()
         self._running = 0
@@ -124,5 +129,7 @@ class Filling:
                     self._running -= 1
                     return
                 fill, start, stop = self._pieces.popleft()
+            if self.is_over:
+                fill.is_abandoned = True
             fill.read(start, stop, hand)
             del fill
