@@ -42,11 +42,11 @@ def test_killed_after_its_last_step_it_ends_well(source: Path, tmp_path: Path) -
         "import os, signal, sys\n"
         "from diskoffload import cli\n"
         "from diskoffload.quantize import state\n"
-        "whole = state.State.forget\n"
+        "whole = state.Claim.forget\n"
         "def forget(self, folder):\n"
         "    whole(self, folder)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "state.State.forget = forget\n"
+        "state.Claim.forget = forget\n"
         f"cli.main({command!r})\n"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
