@@ -18,6 +18,7 @@ from diskoffload.store import payoff
 from diskoffload.store.folder import Folder
 from diskoffload.store.payoff import Payoff, measure_payoff
 from diskoffload.system.files import Files
+from diskoffload.system.portable import IS_LINUX
 
 pytestmark = pytest.mark.usefixtures("no_garbage")
 
@@ -193,7 +194,7 @@ def test_what_is_measured_is_real_and_leaves_nothing(disk_path: Path) -> None:
     with torch.device("meta"):  # a caller's mode is not to reach it
         found = measure_payoff(disk_path, Files())
     assert list(disk_path.iterdir()) == []
-    assert found.is_past_cache
+    assert found.is_past_cache is IS_LINUX
     assert 0.66 < found.share < 0.69
     for speed in (found.reads, found.writes, found.decodes, found.encodes):
         assert 1e6 < speed < 1e12
