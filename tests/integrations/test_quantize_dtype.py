@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import digests, load, save_model
+from models import digests, load, save_model, skip_where_quantized_mixtures_do_not_load
 from safetensors.torch import load_file, save_file
 
 import diskoffload
@@ -110,6 +110,8 @@ def test_bits_are_those_of_the_model_loaded_in_that_dtype(
     source, out = sources[family, kept], tmp_path / "out"
     assert_as_loaded(source, out, load(source, dtype=wanted), dtype, scheme)
     assert config_of(out)["dtype"] == dtype
+    if family == "mixtral":
+        skip_where_quantized_mixtures_do_not_load()
     again = load(out)
     assert again.dtype == again.config.dtype == wanted
     assert again(torch.arange(8)[None]).logits.dtype == wanted

@@ -298,7 +298,12 @@ def test_both_tied_tensors_stored(tmp_path: Path) -> None:
     stored = _stored(tmp_path)
     embedding = stored["model.embed_tokens.weight"]
     _rewrite(tmp_path, {**stored, "lm_head.weight": embedding.clone()})
-    _, _, found = _compare(tmp_path)
+    model = build_meta_model(tmp_path)
+    reference = type(model).from_pretrained(tmp_path)
+    # Early releases of transformers 5 do not look whether they are equal, and tie neither.
+    if reference.lm_head.weight is reference.model.embed_tokens.weight:
+        _compare(tmp_path)
+    found = tensor_recipes(model, _stored(tmp_path))
     assert found.ties == {"lm_head.weight": "model.embed_tokens.weight"}
     assert found.duplicates["lm_head.weight"].pieces[0].source == "lm_head.weight"
 
