@@ -278,12 +278,15 @@ def _pieces_item(
             original.shard.copy_to(original.spec, writer, key, original.digest)
             return
         tensor = empty(dtype, shape)
-        for name, piece in pieces:
+        regions = [tensor[piece.region] if piece.region else tensor for _, piece in pieces]
+        if sum(region.numel() for region in regions) < tensor.numel():
+            tensor.copy_(original.load())  # rows of padding, say, which the model leaves out
+        for (name, piece), region in zip(pieces, regions, strict=True):
             value = _real(_source(values[name]))
             part = value[piece.target] if piece.target else value
             if piece.permutation is not None:
                 part = part.permute(_inverse(piece.permutation))
-            (tensor[piece.region] if piece.region else tensor).copy_(part)
+            region.copy_(part)
         writer.write(key, tensor_bytes(tensor))
 
     return _Item((source_name, dtype, shape), write)

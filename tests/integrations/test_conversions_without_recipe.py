@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from models import digests, load, save_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import conversion_mapping, core_model_loading
 
 import diskoffload
@@ -157,3 +157,50 @@ def test_a_conversion_that_fails_is_named_and_leaves_nothing(source: Path, tmp_p
     with pytest.raises(diskoffload.UnsupportedTensorError, match="never mind"):
         diskoffload.open_checkpoint(source, offload_dir=tmp_path / "off")
     assert not (tmp_path / "off").exists()
+
+
+class Unpad(core_model_loading.ConversionOps):
+    """Leave out a last row."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *args: Any,
+        model: Any,
+        full_layer_name: str,
+        **others: Any,
+    ) -> dict[str, Any]:
+        wanted = model.get_parameter(full_layer_name)
+        (value,) = input_dict.values()
+        value = value[0] if isinstance(value, list) else value
+        return {MADE: value[: len(wanted)].to(wanted.dtype)}
+
+
+@pytest.mark.parametrize("as_dtype", ["float32", "bfloat16"])
+def test_what_a_model_leaves_out_of_a_tensor_is_saved_with_it(
+    source: Path, as_dtype: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    conversion_mapping.register_checkpoint_conversion_mapping("llama", [], overwrite=True)
+    save_model("llama", tmp_path / "plain", dtype)
+    padded = {
+        name.replace(MADE, "mlp.up_proj.padded"): torch.cat([value, value[:1] + 5])
+        if MADE in name
+        else value
+        for name, value in stored(tmp_path / "plain").items()
+    }
+    for file in [*source.glob("*.safetensors"), *source.glob("*.index.json")]:
+        file.unlink()
+    save_file(padded, source / "model.safetensors", metadata={"format": "pt"})
+    rule = core_model_loading.WeightConverter(["mlp.up_proj.padded"], [MADE], operations=[Unpad()])
+    conversion_mapping.register_checkpoint_conversion_mapping("llama", [rule], overwrite=True)
+    wanted = getattr(torch, as_dtype)
+    model = diskoffload.open_checkpoint(source, dtype=wanted)
+    diskoffload.save_checkpoint(model, tmp_path / "same")
+    same(stored(tmp_path / "same"), {name: value.to(wanted) for name, value in padded.items()})
+    name = "model.layers.1.mlp.up_proj.padded"
+    expected = padded[name].to(wanted)
+    expected[:-1] *= 3
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(3)
+    diskoffload.save_checkpoint(model, tmp_path / "edited")
+    assert torch.equal(stored(tmp_path / "edited")[name], expected)
