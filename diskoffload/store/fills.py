@@ -103,10 +103,10 @@ class Filling:
         self._pid = os.getpid()
 
     def begin(self, stored: Streamable, buffers: Buffers) -> Fill:
-        """Begin to read a tensor into one of the buffers.
+        """Begin to read a tensor into one of the buffers; read it, if no thread can be had.
 
         Raises:
-            StorageError: the system has no memory for it, or no thread.
+            StorageError: the system has no memory for it.
         """
         pieces = pieces_of(stored)
         fill = Fill(stored, pieces, buffers.take(pieces.room_bytes))
@@ -117,8 +117,14 @@ class Filling:
             self._pieces.extend((fill, start, stop) for start, stop in pieces.ranges)
             wanted = min(_THREADS, len(self._pieces)) - self._running
             self._running += max(0, wanted)
-        for _ in range(wanted):
-            threading.Thread(target=self._work, name="diskoffload-fill").start()
+        for missing in range(wanted, 0, -1):
+            try:
+                threading.Thread(target=self._work, name="diskoffload-fill").start()
+            except RuntimeError:  # the system has none left
+                with self._lock:
+                    self._running -= missing - 1
+                self._work()
+                break
         return fill
 
     def _work(self) -> None:
