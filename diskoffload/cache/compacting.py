@@ -74,6 +74,8 @@ def leave_dead_files(folder: Folder, entries: Mapping[Held, Residency]) -> int:
 def _place_of(held: Held) -> tuple[Shard, StoredSpec] | None:
     backing = held.backing
     stored = backing.stored if isinstance(backing, DiskBacking) else None
+    if held.ticket is not None and held.ticket.stored is not None:
+        stored = held.ticket.stored  # it is written, and somebody has the object still
     if isinstance(stored, StridedTensor):
         stored = stored.inner
     if isinstance(stored, (ShardTensor, EncodedTensor)):

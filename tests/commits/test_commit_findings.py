@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 import diskoffload
 from diskoffload.cli import main
 from diskoffload.errors import CommitError, DamagedFileError, InvalidInputError, OffloadError
+from diskoffload.inspect import inspect_path
 from diskoffload.residency.resident import Residency
 from diskoffload.store.folder import Folder
 from diskoffload.store.journal import JOURNAL_NAME
@@ -379,3 +380,18 @@ def test_verifying_a_folder_in_use_finds_no_fault(tmp_path: Path) -> None:
         diskoffload.commit(net)
     assert reader.returncode == 0
     assert number > 20
+
+
+def test_what_somebody_holds_is_alive_in_its_file(tmp_path: Path) -> None:
+    net = torch.nn.Linear(300, 300)
+    held = net.weight
+    diskoffload.offload_module(net, "cpu", "disk", offload_dir=tmp_path / "off")
+    made = diskoffload.commit(net)
+    # Else the file would seem to hold nothing but the bias, which would be written once more.
+    assert len(made.shards) == 1
+    (shard,) = inspect_path(tmp_path / "off").shards
+    assert sorted(one.name for one in shard.tensors if "filler" not in one.name) == [
+        "bias",
+        "weight",
+    ]
+    del held
