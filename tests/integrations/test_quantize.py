@@ -260,7 +260,9 @@ def test_a_resumed_run_that_fails_can_be_resumed(
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_a_killed_command_goes_on(
     checkpoints: dict[str, Path], tmp_path: Path, number: int
 ) -> None:

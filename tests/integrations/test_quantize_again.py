@@ -35,6 +35,7 @@ def out(source: Path, tmp_path: Path) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_killed_after_its_last_step_it_ends_well(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = ["quantize", str(source), str(out), "--scheme", "W4A16"]

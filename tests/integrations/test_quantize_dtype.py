@@ -298,7 +298,9 @@ def test_an_error_within_a_tensor_loses_nothing(
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_a_process_killed_within_a_tensor_goes_on_to_the_same_bytes(
     sources: dict[Any, Path], tmp_path: Path, number: int
 ) -> None:

@@ -48,6 +48,7 @@ def test_writes_quantizes_and_says_what_it_took(tmp_path: Path, cgroup_refusal: 
     assert left == {"llama-4MB", result.name, f".{result.name}.made-by-demo"}
 
 
+@pytest.mark.slow
 def test_without_a_group_it_says_so_and_takes_a_checkpoint_of_ones_own(tmp_path: Path) -> None:
     own, data = tmp_path / "own", tmp_path / "data"
     write_checkpoint(own, 4_000_000)

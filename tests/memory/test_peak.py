@@ -16,6 +16,7 @@ WORK = Path(__file__).with_name("work_in_group.py")
 BUDGET_BYTES = 64 << 20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is counted on Linux only")
 def test_opening_running_editing_and_saving_take_one_layer_and_the_budget(disk_path: Path) -> None:
     source, out = disk_path / "source", disk_path / "out"
