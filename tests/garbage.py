@@ -50,7 +50,13 @@ def _ending(threads: set[threading.Thread]) -> bool:
 
 
 def _left(folder: Path, threads: set[threading.Thread]) -> list[str]:
-    found = [str(path) for path in folder.rglob("diskoffload*")]
+    # Not rglob, which raises when a folder goes meanwhile: whoever ends removes its own.
+    found = [
+        os.path.join(place, name)
+        for place, folders, files in os.walk(folder)
+        for name in (*folders, *files)
+        if name.startswith("diskoffload")
+    ]
     with open("/proc/self/maps", encoding="utf-8") as maps:
         found += [line for line in maps if str(folder) in line]
     for fd in os.listdir("/proc/self/fd"):
