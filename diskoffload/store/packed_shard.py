@@ -16,6 +16,7 @@ import torch
 import xxhash
 
 from diskoffload.store.appended_file import AppendedFile
+from diskoffload.store.buffers import Buffers
 from diskoffload.store.codec import WritingCodec, element_bytes_of
 from diskoffload.store.digests import (
     DIGESTS_KEY,
@@ -89,6 +90,7 @@ class PackedShard:
         """
         self._source = source
         self._codec = codec
+        self._spare = Buffers()
         self._head = bytearray(source.header.data_offset)
         source.read_at(0, memoryview(self._head))
         most, self._data_offset = self._bounds()
@@ -134,21 +136,26 @@ class PackedShard:
         # As bytes, which can be mapped wherever they lie.
         value = tensor.shard.mapped_as(tensor.spec, torch.uint8, (tensor.nbytes,))
         data = tensor_bytes(tensor.load() if value is None else value)
-        made = pack(data, element_bytes_of(tensor.dtype), self._codec)
+        made = pack(data, element_bytes_of(tensor.dtype), self._codec, self._spare)
         if made is None:
             return None
-        begin, digest = self._file.end, xxhash.xxh3_128()
-        for chunk in made.chunks:
-            digest.update(chunk)
-            self._file.append(chunk)
-        return Placed(
+        placed = Placed(
             name=tensor.spec.name,
-            begin=begin - self._data_offset,
+            begin=self._file.end - self._data_offset,
             nbytes=made.nbytes,
-            digest=digest.hexdigest(),
+            digest=self._append(made.chunks),
             value_digest=made.digest.hex(),
             chunks=[*map(len, made.chunks)],
         )
+        made.release()
+        return placed
+
+    def _append(self, parts: list[memoryview]) -> str:
+        digest = xxhash.xxh3_128()
+        for part in parts:
+            digest.update(part)
+            self._file.append(part)
+        return digest.hexdigest()
 
     def _as_it_is(self, tensor: ShardTensor) -> Placed:
         """Copy a tensor to the next multiple of 64 bytes, where it can be mapped."""

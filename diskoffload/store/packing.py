@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 import xxhash
 
+from diskoffload.store.buffers import Buffers
 from diskoffload.store.codec import WritingCodec
 from diskoffload.store.parallel import share
+from diskoffload.store.room import Room
 from diskoffload.store.workspace import Workspace
-from diskoffload.system.memory import empty, tensor_bytes
 
 # Compression that saves less than a tenth costs more than it gives, and hinders mapping.
 _WORTH_PACKING = 0.9
 # A sample may be a little worse than the whole.
 _SAMPLE_WORTH_PACKING = 0.92
 _SAMPLES, _SAMPLE_BYTES = 8, 32 << 10
+# What may wait for the next value.
+_MOST_SPARE_BYTES = 32 << 20
 _SAMPLED_FROM_BYTES = 4 * _SAMPLES * _SAMPLE_BYTES
 
 
@@ -27,24 +29,44 @@ _SAMPLED_FROM_BYTES = 4 * _SAMPLES * _SAMPLE_BYTES
 class Packed:
     """A value's packed chunks, and xxh3-128 of exactly the bytes that are in them.
 
-    The chunks are read-only and share one memory, which goes with the last of them.
+    The chunks are read-only and alias the room's memory.
     """
 
     chunks: list[memoryview]
     digest: bytes
+    _room: Room
+    _spare: Buffers
 
     @property
     def nbytes(self) -> int:
         """Bytes of all chunks."""
         return sum(map(len, self.chunks))
 
+    def release(self) -> None:
+        """Let the memory be used for the next value; the chunks are gone from here.
 
-def pack(data: memoryview, element_bytes: int, codec: WritingCodec) -> Packed | None:
+        A chunk that somebody still has stays what it is. Without this call the memory goes
+        back to the system with the last chunk.
+        """
+        self.chunks.clear()
+        self._room.give_back()
+        self._spare.shrink(_MOST_SPARE_BYTES)
+
+
+def pack(
+    data: memoryview, element_bytes: int, codec: WritingCodec, spare: Buffers | None = None
+) -> Packed | None:
     """Pack a value, or answer ``None`` if that saves less than a tenth.
 
     A few samples tell that of most values before anything else is done. Beside the packed
     bytes it takes some MiB for each thread. ``data`` may change meanwhile: what is packed is
     what the digest is of.
+
+    Args:
+        data: the value's bytes.
+        element_bytes: as ``element_bytes_of`` has it.
+        codec: packs the chunks.
+        spare: memory for what is packed, and where it goes at :meth:`Packed.release`.
 
     Raises:
         StorageError: the system has no memory for it.
@@ -55,7 +77,8 @@ def pack(data: memoryview, element_bytes: int, codec: WritingCodec) -> Packed | 
     chunks = [memoryview(b"")] * count
     digest = xxhash.xxh3_128()
     # What needs more does not pay.
-    room = Room(int(len(data) * _WORTH_PACKING))
+    spare = Buffers() if spare is None else spare
+    room = Room(int(len(data) * _WORTH_PACKING), spare)
     in_order = threading.Lock()
 
     def work(numbers: Iterator[int]) -> None:
@@ -73,41 +96,11 @@ def pack(data: memoryview, element_bytes: int, codec: WritingCodec) -> Packed | 
             chunks[number] = room.put(codec.pack_chunk(own.data, start, element_bytes, workspace))
 
     share(count, work)
-    return None if room.is_exceeded else Packed(chunks, digest.digest())
-
-
-class Room:
-    """Memory that chunks are put into one after the other, as they come. Thread-safe.
-
-    Taken at once, from the system: bytes objects made in threads cost as much as the packing,
-    and the C library keeps what they leave.
-    """
-
-    def __init__(self, nbytes: int) -> None:
-        """Take memory; what is never touched of it costs nothing.
-
-        Raises:
-            StorageError: the system has none.
-        """
-        self.is_exceeded = False
-        self._bytes = np.frombuffer(tensor_bytes(empty(torch.uint8, (nbytes,))), np.uint8)
-        self._used_bytes = 0
-        self._lock = threading.Lock()
-
-    def put(self, parts: Sequence[memoryview]) -> memoryview:
-        """Copy a chunk's parts; give them together, or nothing if there is not the room."""
-        nbytes = sum(map(len, parts))
-        with self._lock:
-            start = self._used_bytes
-            if start + nbytes > len(self._bytes):
-                self.is_exceeded = True
-                return memoryview(b"")
-            self._used_bytes += nbytes
-        place = start
-        for part in parts:
-            np.copyto(self._bytes[place : place + len(part)], np.frombuffer(part, np.uint8))
-            place += len(part)
-        return self._bytes[start:place].data.toreadonly()
+    if room.is_exceeded:
+        chunks.clear()
+        room.give_back()
+        return None
+    return Packed(chunks, digest.digest(), room, spare)
 
 
 def _seems_to_pay(data: memoryview, element_bytes: int, codec: WritingCodec) -> bool:

@@ -21,10 +21,11 @@ import torch
 import xxhash
 
 from diskoffload.errors import UnsupportedTensorError
+from diskoffload.store.buffers import Buffers
 from diskoffload.store.codec import codec_named, element_bytes_of
 from diskoffload.store.encoded import ENCODING_KEY, encoding_of
 from diskoffload.store.header import DTYPE_NAMES, FILLER_PREFIX, METADATA_KEY, Planned
-from diskoffload.store.packing import pack
+from diskoffload.store.packing import Packed, pack
 from diskoffload.store.shard import Shard
 from diskoffload.store.shard_writer import ShardWriter
 from diskoffload.store.stored import Stored, StridedTensor, stored_tensors
@@ -132,6 +133,7 @@ class Writer:
         self._running_bytes = 0
         self._running: deque[tuple[list[Ticket], Future[None]]] = deque()
         self._group_is_packed = False
+        self._spare = Buffers()
         self._executor: ThreadPoolExecutor | None = None
         self._packer: ThreadPoolExecutor | None = None
         self._thread_ids: set[int] = set()
@@ -232,7 +234,7 @@ class Writer:
 
     def _prepare_all(self, group: list[Ticket]) -> list[_Item]:
         self._thread_ids.add(threading.get_ident())
-        return [_prepare(ticket) for ticket in group]
+        return [_prepare(ticket, self._spare) for ticket in group]
 
     def _write(self, group: list[Ticket], packing: Future[list[_Item]] | None) -> None:
         self._thread_ids.add(threading.get_ident())
@@ -249,6 +251,7 @@ class Writer:
         with ShardWriter(path, planned, self._files, metadata, fill=True) as writer:
             for key, item, ticket in zip(keys, items, group, strict=True):
                 item.write(writer, key)
+                item.release()
                 ticket.digest = item.digest or bytes.fromhex(writer.digests[key])
             writer.publish(durable=False)
         try:
@@ -306,7 +309,7 @@ class _Item:
     """A tensor made ready for its file."""
 
     plain: torch.Tensor | None
-    packed: list[memoryview]
+    packed: Packed | None
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None
@@ -314,15 +317,18 @@ class _Item:
     digest: bytes = b""  # of the value, where that is not what is written
 
     def write(self, writer: ShardWriter, key: str) -> None:
-        if self.plain is None:
-            for chunk in self.packed:
+        if self.packed is not None:
+            for chunk in self.packed.chunks:
                 writer.write_part(key, chunk)
-            self.packed.clear()  # it is in the file
-        else:
+        elif self.plain is not None:
             writer.write(key, tensor_bytes(self.plain))
 
+    def release(self) -> None:
+        if self.packed is not None:
+            self.packed.release()
 
-def _prepare(ticket: Ticket) -> _Item:
+
+def _prepare(ticket: Ticket, spare: Buffers) -> _Item:
     tensor = ticket.tensor
     assert tensor is not None  # it is released only after it was written
     # Where elements share memory (an expanded tensor), its strides cannot be written through.
@@ -332,12 +338,12 @@ def _prepare(ticket: Ticket) -> _Item:
     dtype, shape = plain.dtype, tuple(plain.shape)
     if ticket.codec is not None and ticket.nbytes:
         codec = codec_named(ticket.codec)
-        packed = pack(tensor_bytes(plain), element_bytes_of(dtype), codec)
+        packed = pack(tensor_bytes(plain), element_bytes_of(dtype), codec, spare)
         if packed is not None:
             encoding = encoding_of(dtype, shape, codec, [*map(len, packed.chunks)])
             place = (packed.nbytes,)
-            return _Item(None, packed.chunks, torch.uint8, place, strides, encoding, packed.digest)
+            return _Item(None, packed, torch.uint8, place, strides, encoding, packed.digest)
     if dtype in DTYPE_NAMES:
-        return _Item(plain, [], dtype, shape, strides, None)
+        return _Item(plain, None, dtype, shape, strides, None)
     encoding = encoding_of(dtype, shape)
-    return _Item(plain, [], torch.uint8, (ticket.nbytes,), strides, encoding)
+    return _Item(plain, None, torch.uint8, (ticket.nbytes,), strides, encoding)

@@ -76,7 +76,9 @@ class ZstdPlanes:
         head = bytearray(_HEAD.pack(0, start, len(values), element_bytes, bytes(3)))
         stored: list[memoryview] = []
         for number, plane in enumerate(planes):
-            kind, constant, kept = _pack_plane(plane, number, workspace)
+            # The last one, with the exponents, nearly always pays, and says so soon if not.
+            is_tried = count < _SAMPLED_FROM_BYTES or number == element_bytes - 1 > 0
+            kind, constant, kept = _pack_plane(plane, number, workspace, is_tried)
             head += _PLANE.pack(kind, constant, 0, len(kept))
             stored.append(kept)
         digest = xxhash.xxh3_64(head[_CHECKSUM_BYTES:])
@@ -119,11 +121,13 @@ def _head_bytes(element_bytes: int) -> int:
     return _HEAD.size + element_bytes * _PLANE.size
 
 
-def _pack_plane(plane: Bytes, number: int, workspace: Workspace) -> tuple[int, int, memoryview]:
+def _pack_plane(
+    plane: Bytes, number: int, workspace: Workspace, is_tried: bool
+) -> tuple[int, int, memoryview]:
     first = plane[0]
     if (plane[:64] == first).all() and (plane == first).all():
         return CONSTANT, int(first), memoryview(b"")
-    if len(plane) < _SAMPLED_FROM_BYTES or _seems_to_pay(plane, workspace):
+    if is_tried or _seems_to_pay(plane, workspace):
         packed = _compressed(plane, ("packed", number), workspace)
         if packed is not None:
             return PACKED, 0, packed

@@ -14,9 +14,10 @@ import torch
 import zstandard
 from safetensors.torch import load_file
 
+from diskoffload.store.buffers import Buffers
 from diskoffload.store.codec import codec_named, element_bytes_of
-from diskoffload.store.packing import Room
 from diskoffload.store.parallel import share, threads_for
+from diskoffload.store.room import Room
 from diskoffload.store.workspace import Workspace
 from diskoffload.system.memory import anonymous, tensor_bytes
 
@@ -94,11 +95,17 @@ def _timed(work: Callable[[], object], passes: int) -> tuple[float, float]:
 def _ours(kind: int) -> tuple[Packing, Unpacking, Callable[[Any], int]]:
     """Our codec; the store adds a checksum of the whole value, and a copy that stands still."""
     codec, size = codec_named("zstd"), _ELEMENT_BYTES[kind]
+    # What is packed is let go of at once, as it is when it was written; but for the last.
+    spare = Buffers()
+    rooms: list[Room] = []
 
     def packing(data: memoryview) -> list[memoryview]:
         starts = range(0, len(data), codec.chunk_bytes)
         chunks = [memoryview(b"")] * len(starts)
-        room = Room(len(data))
+        while rooms:
+            rooms.pop().give_back()
+        room = Room(len(data), spare)
+        rooms.append(room)
 
         def work(numbers: Iterator[int]) -> None:
             workspace = Workspace()
