@@ -136,7 +136,7 @@ class Checking:
 
     def __init__(self, file: str, name: str, offset: int, expected: str | None) -> None:
         """Begin; without an expected digest nothing is compared."""
-        self._where = f"{file}, tensor {brief(name)} at offset {offset}"
+        self._place = (file, name, offset)
         self._expected = expected
         self._digest = None if expected is None else xxhash.xxh3_128()
 
@@ -157,8 +157,9 @@ class Checking:
     def compare(self, found: str) -> None:
         """Compare with a digest that was made elsewhere; raises as :meth:`finish`."""
         if self._expected is not None and found != self._expected:
+            file, name, offset = self._place
             raise DamagedFileError(
-                f"{self._where}: its bytes are not those that were written (xxh3-128 {found}, "
-                f"written {self._expected}); restore the file from a copy, or make its content "
-                "anew"
+                f"{file}, tensor {brief(name)} at offset {offset}: its bytes are not those that "
+                f"were written (xxh3-128 {found}, written {self._expected}); restore the file "
+                "from a copy, or make its content anew"
             )
