@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from math import ceil
 from typing import Protocol
 
 import xxhash
@@ -17,10 +18,11 @@ from diskoffload.store.workspace import Workspace
 from diskoffload.system.files import BLOCK_BYTES
 from diskoffload.system.memory import Memory, anonymous
 
-PIECE_BYTES = 16 << 20
+# About so much: a tensor is cut into equal parts, for a small rest would be a read of its own.
+PIECE_BYTES = 8 << 20
+_MOST_SHARE = 1.25
 # Of packed bytes: what is decoded from them is larger, and to be decoded while others are read.
 _PACKED_PIECE_BYTES = 4 << 20
-assert PIECE_BYTES % BLOCK_BYTES == 0
 
 Streamable = ShardTensor | EncodedTensor
 """What can be read past the page cache: a tensor whose bytes are the value's, or packed ones."""
@@ -66,8 +68,10 @@ class PlainPieces:
         self._stored = stored
         spec = stored.spec
         self.room_bytes = buffer_bytes(spec)
-        first_bytes = PIECE_BYTES - spec.offset % BLOCK_BYTES
-        edges = [0, *range(first_bytes, spec.nbytes, PIECE_BYTES), spec.nbytes]
+        begin = spec.offset % BLOCK_BYTES
+        count = max(1, ceil(spec.nbytes / (PIECE_BYTES * _MOST_SHARE)))
+        step_bytes = max(1, -(-(begin + spec.nbytes) // count // BLOCK_BYTES)) * BLOCK_BYTES
+        edges = [0, *range(step_bytes - begin, spec.nbytes, step_bytes), spec.nbytes]
         self.ranges = list(pairwise(edges))
 
     def read(self, start: int, stop: int, buffer: Memory, hand: Hand) -> None:
