@@ -32,11 +32,14 @@ class Devices:
         self._ways: dict[torch.device, DeviceWay | None] = {}
         self._ahead: weakref.WeakKeyDictionary[Held, tuple[torch.device, Load]]
         self._ahead = weakref.WeakKeyDictionary()
+        self._any = False
         self._pid = os.getpid()
 
     def is_one(self, device: torch.device) -> bool:
         """Whether a device is an accelerator."""
-        return self._accelerators.is_one(device)
+        found = self._accelerators.is_one(device)
+        self._any = self._any or found
+        return found
 
     def is_on(self, held: Held, device: torch.device) -> bool:
         """Whether an entry's copy is on that device; all that is on none is in RAM."""
@@ -47,6 +50,8 @@ class Devices:
 
     def loaded_bytes(self, loaded: Mapping[Held, int]) -> int:
         """Tell how many bytes of the copies are on accelerators."""
+        if not self._any:  # nobody onloads to one: this is asked several times a read
+            return 0
         on_one = [n for held, n in loaded.items() if held.place and self.is_one(held.place)]
         return sum(on_one)
 

@@ -9,6 +9,9 @@ from diskoffload.residency.numbering import Numbering
 from diskoffload.residency.order import Order
 
 _NEVER = 1 << 60
+_GOLDEN_SECTION = (5**0.5 - 1) / 2
+# Needed late is what is needed in the later half of the time until the last is.
+_LATE_SHARE = 0.5
 # How far ahead of the reader is looked, however small the entries are.
 _MOST_LOOKED_AT = 256
 
@@ -47,6 +50,28 @@ class Foresight:
     def latest_needed_first(self, entries: Iterable[Held]) -> list[Held]:
         """Sort entries, those first that are needed last."""
         return sorted(entries, key=self._next_use, reverse=True)
+
+    def leaving_first(self, entries: Iterable[Held]) -> list[Held]:
+        """Sort entries, those first that should leave.
+
+        What is needed soon stays. Of the rest it is all the same in a repeated order how much
+        is read who leaves, but not when: where those that stay lie among those that do not,
+        evenly, the disk is never idle while these are computed with. So each has a fixed rank,
+        by multiples of the golden section, which are spread evenly wherever one cuts.
+        """
+        uses = [(self._next_use(held), held) for held in entries]
+        late = max((use for use, _ in uses), default=0) * _LATE_SHARE
+
+        def key(one: tuple[int, Held]) -> tuple[bool, float]:
+            use, held = one
+            return (False, self._rank(held)) if use >= late else (True, -use)
+
+        return [held for _, held in sorted(uses, key=key)]
+
+    def _rank(self, held: Held) -> float:
+        if not self._numbering.known(held):
+            return 0.0
+        return self._numbering.number(held) * _GOLDEN_SECTION % 1.0
 
     def is_needed_before(self, one: Held, other: Held) -> bool:
         """Whether one entry is needed before another, or as soon."""

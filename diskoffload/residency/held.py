@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from diskoffload.residency.objects import object_like, uses_of
+from diskoffload.store.fills import Check
 from diskoffload.store.pieces import Streamable
 from diskoffload.store.stored import ShardTensor
 from diskoffload.store.writer import Ticket, digest_of
@@ -120,6 +121,7 @@ class Held:
         mates: every entry that was seen on the same storage, this one included.
         views: of a root, the entries that are views of it; they lie wherever it lies.
         buffer: memory to be used again when the object no longer lies on it.
+        check: the digest that is being made of the value since nobody uses it.
     """
 
     __slots__ = (
@@ -133,6 +135,7 @@ class Held:
         "backing",
         "bindings",
         "buffer",
+        "check",
         "keepers",
         "mates",
         "name",
@@ -160,6 +163,7 @@ class Held:
         self.bindings: list[Showing] = []
         self.keepers = 0
         self.buffer: Memory | None = None
+        self.check: Check | None = None
         self.place: torch.device | None = None
         self.mates: list[weakref.ref[Held]] | None = None
         self.views: weakref.WeakSet[Held] | None = None
@@ -201,6 +205,7 @@ class Held:
     def lend(self, when_gone: Callable[[], object]) -> None:
         """Leave an object that no module shows to whoever has it; the entry lasts as long."""
         assert self._object is not None
+        self.forget_check()
         self._lent = weakref.ref(self._object, lambda _: when_gone())
         self._object = None
 
@@ -264,6 +269,7 @@ class Held:
     def publish(self) -> torch.Tensor:
         """Let readers find the object without asking anyone."""
         assert self.tensor is not None
+        self.forget_check()
         for binding in self.bindings:
             self._publish_at(binding)
         for view in self._laid_views():
@@ -271,6 +277,7 @@ class Held:
         return self.tensor
 
     def _publish_at(self, binding: Showing) -> None:
+        self.forget_check()
         if self.is_at(binding.device):
             binding.published[binding.key] = self.tensor
 
@@ -318,6 +325,7 @@ class Held:
             digest: of its bytes, where that is known.
         """
         self.buffer = None
+        self.forget_check()
         following = self._laid_views()
         tensor = self.tensor
         if tensor is None:
@@ -344,6 +352,7 @@ class Held:
         heir.state, heir.ticket, heir.buffer = self.state, self.ticket, self.buffer
         heir._digest, heir._address, heir._strides = self._digest, self._address, self._strides
         self.ticket = self.buffer = None
+        self.forget_check()
 
     def let_go(self) -> None:
         """Leave the object as it is from now on: its value is none of our business any more."""
@@ -359,6 +368,37 @@ class Held:
         with torch.inference_mode(False):
             self.tensor.data = torch.empty(0, dtype=self.tensor.dtype, device=self.tensor.device)
         self.state, self.buffer = State.VACANT, None
+        self.forget_check()
+
+    def as_filled(self) -> memoryview | None:
+        """View the bytes of a value in a buffer that nobody uses: what a digest is made of.
+
+        ``None`` unless the object lies there alone, whole and in order. To be called on an
+        unpublished, unheld entry only, whose :attr:`check` is forgotten as soon as a reader
+        may get it.
+        """
+        tensor, buffer, backing = self._object, self.buffer, self.backing
+        if self.state is not State.LOADED or None in (tensor, buffer, backing):
+            return None
+        assert tensor is not None  # as the type checker does not see
+        assert buffer is not None
+        assert backing is not None
+        if self.views is not None or self.mates is not None or self.is_kept:
+            return None
+        if backing.layout != (tensor.dtype, tuple(tensor.shape)) or not tensor.is_contiguous():
+            return None
+        if tensor.is_conj() or tensor.is_neg():  # its value is not what lies there
+            return None
+        begin, nbytes = tensor.data_ptr() - buffer.address, tensor.nbytes
+        if not tensor.is_cpu or begin < 0 or begin + nbytes > buffer.nbytes:
+            return None
+        return buffer.view(begin, nbytes)
+
+    def forget_check(self) -> None:
+        """Give up the digest under way: from now on the value may be edited."""
+        if self.check is not None:
+            self.check.cancel()
+            self.check = None
 
     def is_unheld(self) -> bool:
         """Whether nothing but the entry uses object and memory. Only true when unpublished."""
@@ -437,7 +477,8 @@ class Held:
         if self.state is State.BENEATH:
             moved = self.tensor.data_ptr() != self._address
             return moved or self.backing.was_edited(self.tensor)
-        return digest_of(self.tensor) != self._digest
+        known = self.check.digest if self.check is not None else b""
+        return (known or digest_of(self.tensor)) != self._digest
 
     def mapped_span(self) -> tuple[int, int] | None:
         """Give the addresses from and to which it lies on its file, just as it was laid there."""

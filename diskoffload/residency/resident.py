@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -18,13 +19,14 @@ from typing import get_args
 import torch
 
 from diskoffload.budget import format_bytes
-from diskoffload.errors import ClosedError, InvalidInputError, StorageError
+from diskoffload.errors import ClosedError, InvalidInputError, OffloadError, StorageError
 from diskoffload.residency.allowance import Allowance
 from diskoffload.residency.devices import Devices
 from diskoffload.residency.edits import unedited
 from diskoffload.residency.foresight import Foresight
 from diskoffload.residency.forking import quiesce_at_fork
 from diskoffload.residency.held import Backing, Held, State
+from diskoffload.residency.loaded import Loaded
 from diskoffload.residency.mapped import Mapped
 from diskoffload.residency.objects import is_ours_to_move
 from diskoffload.residency.parking import Parking
@@ -51,6 +53,9 @@ _CANNOT_WRITE = (ClosedError, StorageError)
 _LOOKS = 4
 # How much of the C library's memory is freed before it is asked to give it back (some ms).
 _TRIM_BYTES = 16 << 20
+# To ask what may be taken costs some tenths of a millisecond, which small entries do not take to
+# be read. Our own taking is counted meanwhile, and that of others is followed by who watches.
+_BUDGET_FOR_SECONDS = 0.01
 
 
 class Residency:
@@ -90,7 +95,9 @@ class Residency:
         self.lock = threading.RLock()
         self.evicted_count = 0
         self.loaded_count = 0
-        self._loaded: weakref.WeakKeyDictionary[Held, int] = weakref.WeakKeyDictionary()
+        self._loaded = Loaded()
+        self._ahead_budget_bytes = 0
+        self._ask_budget_at_seconds = 0.0
         self._known: weakref.WeakSet[Held] = weakref.WeakSet()
         self._storages = Storages()
         self._window = Window()
@@ -112,12 +119,13 @@ class Residency:
     @max_bytes.setter
     def max_bytes(self, max_bytes: int | None) -> None:
         self._allowance.max_bytes = max_bytes
+        self._ask_budget_at_seconds = 0.0
 
     @property
     def loaded_bytes(self) -> int:
         """Bytes of loaded copies, kept ones included."""
         with self.lock:
-            return sum(self._loaded.values())
+            return self._loaded.nbytes
 
     def expect(self, held: Held) -> None:
         """Note that a module shows an entry, in the order in which modules do."""
@@ -156,7 +164,8 @@ class Residency:
                 if root.backing is not None and root.backing.memory is None:
                     self._decide()
                 goes_to_one = self._devices.is_one(device)
-                if not goes_to_one and self._streaming.to_stream(root) is not None:
+                is_streamed = not goes_to_one and self._streaming.to_stream(root) is not None
+                if is_streamed:
                     self._streaming.note_read(root)
                     if root.state is State.BENEATH:
                         self.vacate_mapped(root)  # from when it was mapped
@@ -168,7 +177,10 @@ class Residency:
                     self._window.enter(root)
                     self._look_at_what_leaves()
                     self._mapped.note_read(root, self._allowance.room_bytes(0))
-            return held.publish()
+                tensor = held.publish()
+                if is_streamed and self._streaming.may_look_ahead:
+                    self._look_ahead()  # not in the place of this one, which is in use
+            return tensor
 
     def _decide(self) -> None:
         # Only who says how much may be taken knows what else the process will need: a loop that
@@ -244,14 +256,46 @@ class Residency:
 
     def _stream(self, held: Held, stored: Streamable) -> None:
         nbytes = stored.nbytes
-        self.make_room(pieces_of(stored).room_bytes)
-        value, digest, fill = self._streaming.take(held, stored)
+        if not self._streaming.is_ahead(held, stored):
+            self.make_room(pieces_of(stored).room_bytes)
+        value, digest, fill = self._streaming.take(held, stored, self._look_ahead)
         held.lay(value, State.LOADED, digest)
         held.buffer = fill.buffer
         self._note_loaded(held, nbytes)
-        self._streaming.look_ahead(self.budget_bytes(), self._used_bytes(), self._released_bytes)
 
-    def _released_bytes(self, held: Held) -> int:
+    def _look_ahead(self) -> None:
+        now_seconds = time.monotonic()
+        if now_seconds >= self._ask_budget_at_seconds:
+            self._ahead_budget_bytes = self.budget_bytes()
+            self._ask_budget_at_seconds = now_seconds + _BUDGET_FOR_SECONDS
+        self._streaming.look_ahead(self._ahead_budget_bytes, self._used_bytes(), self)
+
+    def go_on_reading(self) -> None:
+        """Begin to read what is next, or have who is in here do it: it never waits."""
+        if self.lock.acquire(blocking=False):
+            try:
+                with suppress(OffloadError):  # whoever needs it will be told
+                    self._look_ahead()
+            finally:
+                self.lock.release()
+        else:
+            self._streaming.wake()
+
+    def begin_release(self, held: Held) -> int:
+        """Hide an entry and begin to look for edits; give its bytes, 0 if it cannot leave.
+
+        What cannot be looked at beside leaves at once. See :class:`Leaving`; the lock is held.
+        """
+        if held.state is not State.LOADED or held.is_lent or not self._withdraw(held):
+            return 0
+        data = held.as_filled()
+        if data is None:
+            return self.released_bytes(held)
+        held.check = self._streaming.check(data, partial(_go_on_reading, weakref.ref(self)))
+        return self._loaded.get(held, 0)
+
+    def released_bytes(self, held: Held) -> int:
+        """Take an entry's memory if nothing uses it; give how much that was."""
         nbytes = self._loaded.get(held, 0)
         return nbytes if self.release(held) else 0
 
@@ -315,8 +359,10 @@ class Residency:
         if wanted_bytes <= 0:
             return
         there = [held for held in self._loaded if self._devices.is_on(held, device)]
-        for held in self._foresight.latest_needed_first(there):
-            wanted_bytes -= (freed_bytes := self._released_bytes(held))
+        is_streamed = self._streaming.is_on and not self._devices.is_one(device)
+        sort = self._foresight
+        for held in (sort.leaving_first if is_streamed else sort.latest_needed_first)(there):
+            wanted_bytes -= (freed_bytes := self.released_bytes(held))
             self.evicted_count += freed_bytes > 0
             if wanted_bytes <= 0:
                 break
@@ -359,6 +405,7 @@ class Residency:
             self._known.discard(held)
             heir._known.add(held)
             if nbytes is not None:
+                heir._devices.is_one(held.place or _CPU)  # it counts what is on one
                 heir._loaded[held] = nbytes
 
     def vacate_mapped(self, held: Held) -> bool:
@@ -630,6 +677,12 @@ def current_value(held: Held) -> tuple[Backing | None, torch.Tensor | None]:
             return held.backing.succeed(held.ticket), None
         return held.backing, None
     return None, held.tensor
+
+
+def _go_on_reading(ref: weakref.ref[Residency]) -> None:
+    residency = ref()
+    if residency is not None:
+        residency.go_on_reading()
 
 
 def _look_after(ref: weakref.ref[Residency]) -> bool:

@@ -13,8 +13,8 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Literal, Protocol
 
 import torch
 
@@ -22,7 +22,7 @@ from diskoffload.budget import format_bytes
 from diskoffload.residency.foresight import Foresight
 from diskoffload.residency.held import Held, State
 from diskoffload.store.buffers import Buffers
-from diskoffload.store.fills import Fill, Filling
+from diskoffload.store.fills import Check, Fill, Filling
 from diskoffload.store.pieces import Streamable, pieces_of
 
 Mode = Literal["auto", "mapped", "streamed"]
@@ -30,9 +30,15 @@ Mode = Literal["auto", "mapped", "streamed"]
 
 # Smaller tensors are mapped in any mode: a page or some of the cache, and no read of their own.
 _LEAST_BYTES = 256 << 10
-# What is read ahead, at most: a share of the budget, for that much less stays.
+# What is read ahead, at most: a share of the budget, for that much less stays. Where others must
+# leave for it no more than keeps a device busy while one entry is computed with.
 _AHEAD_SHARE = 4
 _MOST_AHEAD_BYTES = 512 << 20
+_MOST_IN_PLACE_BYTES = 64 << 20
+# Who should leave is judged anew for each so many entries once a read.
+_JUDGED_A_READ = 128
+# Where nothing can be begun now, it is tried again after so many reads.
+_REST_READS = 4
 # How many entries stay readable without asking: a layer's forward reads its own ones again.
 _SHOWN = 4
 # Mapped as long as the weights fit this share of what is available, streamed until they fit the
@@ -42,6 +48,16 @@ _FITS_AGAIN_SHARE = 0.7
 _DECIDE_EVERY_SECONDS = 1.0
 
 _log = logging.getLogger(__name__)
+
+
+class Leaving(Protocol):
+    """How an entry's memory is taken."""
+
+    def begin_release(self, held: Held) -> int:
+        """Hide an entry and begin to look for edits; give its bytes, 0 if it cannot leave."""
+
+    def released_bytes(self, held: Held) -> int:
+        """Take an entry's memory if nothing uses it; give how much that was."""
 
 
 class Streaming:
@@ -64,6 +80,11 @@ class Streaming:
         weakref.finalize(self, setattr, self._filling, "is_over", True)
         self._fills: weakref.WeakKeyDictionary[Held, Fill] = weakref.WeakKeyDictionary()
         self._shown: deque[weakref.ref[Held]] = deque()
+        self._leaving: deque[weakref.ref[Held]] = deque()
+        self._to_leave: list[weakref.ref[Held]] = []
+        self._judge_again_at = 0
+        self._awaited: Fill | None = None
+        self._rest_reads = 0
         self._decide_again_at = 0.0
         self._pid = os.getpid()
 
@@ -110,6 +131,8 @@ class Streaming:
     def note_read(self, held: Held) -> None:
         """Note that an entry was asked for, and hide from readers what was shown before it."""
         self._foresight.read(held)
+        self._judge_again_at -= 1
+        self._rest_reads -= 1
         key = weakref.ref(held)
         if key in self._shown:
             self._shown.remove(key)
@@ -119,53 +142,141 @@ class Streaming:
             if before is not None and before.state is State.LOADED:
                 before.unpublish()
 
-    def take(self, held: Held, stored: Streamable) -> tuple[torch.Tensor, bytes, Fill]:
+    def take(
+        self, held: Held, stored: Streamable, meanwhile: Callable[[], None]
+    ) -> tuple[torch.Tensor, bytes, Fill]:
         """Give an entry's value in a buffer, read ahead or now, and its digest.
+
+        Args:
+            held: the entry.
+            stored: what it is streamed from.
+            meanwhile: called while it is waited for, whenever there may be more to read ahead.
 
         Raises:
             DamagedFileError: its bytes are not those that were written.
             StorageError: it cannot be read, or there is no memory for it.
         """
         self._check_process()
-        fill = self._fills.pop(held, None)
+        self._rest_reads = 0
+        fill = self._fills.get(held)
         if fill is None or fill.stored is not stored:
             fill = self._filling.begin(stored, self.buffers)
+            self._fills[held] = fill  # it is counted while it is waited for
+        self._awaited = fill
+        try:
+            while not fill.has_ended:
+                meanwhile()
+                fill.wait_or_wake()
+        finally:
+            self._awaited = None
+            self._fills.pop(held, None)
         return (*fill.value(), fill)
 
-    def look_ahead(
-        self, budget_bytes: int, used_bytes: int, release: Callable[[Held], int]
-    ) -> None:
-        """Begin to read what is needed next, in the place of what is needed later.
+    def wake(self) -> None:
+        """Have who waits for an entry look whether more can be read ahead. Needs no lock."""
+        fill = self._awaited
+        if fill is not None:
+            fill.wake()
+
+    def is_ahead(self, held: Held, stored: Streamable) -> bool:
+        """Whether an entry is being read ahead, into memory that is counted already."""
+        fill = self._fills.get(held)
+        return fill is not None and fill.stored is stored
+
+    @property
+    def may_look_ahead(self) -> bool:
+        """Whether :meth:`look_ahead` may find more to do than when it was called last."""
+        return self._rest_reads <= 0
+
+    def check(self, data: memoryview, when_known: Callable[[], None]) -> Check:
+        """Digest bytes that nobody uses, beside whoever computes; see :class:`Filling`."""
+        return self._filling.check(data, when_known)
+
+    def look_ahead(self, budget_bytes: int, used_bytes: int, leaving: Leaving) -> None:
+        """Begin to read what is needed next, in the place of what should leave.
 
         Args:
             budget_bytes: what all of it may take.
             used_bytes: what the loaded entries and those read ahead take now.
-            release: takes an entry's memory if nothing uses it; gives how much that was.
+            leaving: takes an entry's memory.
         """
-        ahead_bytes = 0
-        most_bytes = min(_MOST_AHEAD_BYTES, budget_bytes // _AHEAD_SHARE)
-        victims: list[Held] | None = None
+        self._check_process()
+        ahead_bytes = looked_at = 0
         for held in self._foresight.expected():
+            looked_at += 1
             if held in self._fills:
                 ahead_bytes += self._fills[held].nbytes
                 continue
             stored = self.to_stream(held)
             if stored is None or held.state is not State.VACANT:
                 continue
-            ahead_bytes += stored.nbytes
-            if ahead_bytes > most_bytes:
-                return
-            while used_bytes + stored.nbytes > budget_bytes:
-                if victims is None:
-                    loaded = [one for one in self._foresight.entries() if one.state is State.LOADED]
-                    victims = self._foresight.latest_needed_first(loaded)
-                if not victims or self._foresight.is_needed_before(victims[0], held):
-                    return
-                used_bytes -= release(victims.pop(0))
             nbytes = pieces_of(stored).room_bytes
+            in_place = used_bytes + nbytes > budget_bytes
+            most_bytes = _MOST_IN_PLACE_BYTES if in_place else _MOST_AHEAD_BYTES
+            if ahead_bytes + nbytes > min(budget_bytes // _AHEAD_SHARE, most_bytes):
+                # Nothing changes before one of them is taken.
+                self._rest_reads = looked_at if ahead_bytes else _REST_READS
+                break
+            while used_bytes + nbytes > budget_bytes:
+                freed_bytes = self._freed_bytes(leaving)
+                if not freed_bytes:
+                    self._begin_to_leave(held, stored.nbytes, leaving)
+                    self._rest_reads = 0 if self._leaving else _REST_READS
+                    return
+                used_bytes -= freed_bytes
             self.buffers.shrink(budget_bytes - used_bytes - nbytes, spare_bytes=nbytes)
-            self._fills[held] = fill = self._filling.begin(stored, self.buffers)
+            fill = self._filling.begin(stored, self.buffers)
+            self._fills[held] = fill
             used_bytes += fill.nbytes
+            ahead_bytes += fill.nbytes
+        else:
+            self._rest_reads = looked_at // 2
+            return
+        if in_place:
+            self._begin_to_leave(held, stored.nbytes, leaving)
+
+    def _freed_bytes(self, leaving: Leaving) -> int:
+        """Take the memory of one entry that is known to have no edits; 0 if there is none."""
+        for _ in range(len(self._leaving)):
+            ref = self._leaving.popleft()
+            held = ref()
+            if held is None or held.check is None:
+                continue  # it was read again
+            if not held.check.digest:
+                self._leaving.append(ref)
+                continue
+            freed_bytes = leaving.released_bytes(held)
+            if freed_bytes:
+                return freed_bytes
+        return 0
+
+    def _begin_to_leave(self, coming: Held, wanted_bytes: int, leaving: Leaving) -> None:
+        """Have others leave soon, before there is need: to look for edits takes a moment."""
+        for ref in self._leaving:
+            held = ref()
+            if held is not None and held.check is not None:
+                wanted_bytes -= held.nbytes
+        for held in self._should_leave():
+            if wanted_bytes <= 0:
+                return
+            if self._foresight.is_needed_before(held, coming):
+                continue
+            nbytes = leaving.begin_release(held)
+            if nbytes:
+                self._leaving.append(weakref.ref(held))
+                wanted_bytes -= nbytes
+
+    def _should_leave(self) -> Iterator[Held]:
+        """Give the loaded entries that are not leaving, those first that should; each once."""
+        if self._judge_again_at <= 0 or not self._to_leave:
+            loaded = [one for one in self._foresight.entries() if one.state is State.LOADED]
+            self._judge_again_at = len(loaded) // _JUDGED_A_READ
+            latest_first = self._foresight.leaving_first(loaded)
+            self._to_leave = [weakref.ref(one) for one in reversed(latest_first)]
+        while self._to_leave:
+            held = self._to_leave.pop()()
+            if held is not None and held.state is State.LOADED and held.check is None:
+                yield held
 
     def drop_ahead(self) -> None:
         """Give up what was read ahead; it is read again when it is needed."""
@@ -181,4 +292,7 @@ class Streaming:
     def _check_process(self) -> None:
         if self._pid != os.getpid():  # the threads that read ahead are the parent's
             self._fills.clear()
+            for held in filter(None, (ref() for ref in self._leaving)):
+                held.forget_check()
+            self._leaving.clear()
             self._pid = os.getpid()

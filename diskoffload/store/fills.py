@@ -2,7 +2,8 @@
 
 Two threads with pieces of some MiB each keep a device busy at a thirtieth of what mapped reads
 cost the processor (measured). A tensor is digested by whoever reads its last piece: that is
-compared with its checksum, where it has one, and later tells whether it was edited.
+compared with its checksum, where it has one, and later tells whether it was edited. The digest
+for that is made by the same threads, so that whoever computes need not.
 """
 
 from __future__ import annotations
@@ -10,14 +11,21 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
+from collections.abc import Callable
 
 import torch
+import xxhash
 
 from diskoffload.store.buffers import Buffers
 from diskoffload.store.pieces import Hand, Pieces, Streamable, pieces_of
 from diskoffload.system.memory import Memory
 
-_THREADS = 2
+_READERS = 2
+# One more digests what is to be read over: that must not wait for a piece to be read.
+_THREADS = _READERS + 1
+# A thread without work waits so long for more: beginning one for each tensor costs more than
+# the reads of small ones, and one that stays would outlive its model.
+_LINGER_SECONDS = 0.05
 
 
 class Fill:
@@ -35,8 +43,8 @@ class Fill:
         self._pieces = pieces
         self._left = len(pieces.ranges)
         self._place = 0
-        self._lock = threading.Lock()
-        self._ended = threading.Event()
+        self._changed = threading.Condition(threading.Lock())
+        self._has_ended = self._has_news = False
         self._error: BaseException | None = None
         self._digest = b""
 
@@ -54,7 +62,7 @@ class Fill:
             DamagedFileError: its bytes are not those that were written.
             StorageError: it could not be read.
         """
-        self._ended.wait()
+        self.wait()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -69,7 +77,7 @@ class Fill:
                 self._pieces.read(start, stop, self.buffer, hand)
         except BaseException as error:
             self._error = error
-        with self._lock:
+        with self._changed:
             self._left -= 1
             is_last = not self._left
         if is_last:
@@ -78,17 +86,64 @@ class Fill:
                     self._place, self._digest = self._pieces.finish(self.buffer)
             except BaseException as error:
                 self._error = error
-            self._ended.set()
+            with self._changed:
+                self._has_ended = True
+                self._changed.notify_all()
 
     def wait(self) -> None:
         """Wait until nothing of it is read any more."""
-        self._ended.wait()
+        with self._changed:
+            self._changed.wait_for(lambda: self._has_ended)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing of it is read any more."""
+        return self._has_ended
+
+    def wait_or_wake(self) -> None:
+        """Wait until nothing of it is read any more, or :meth:`wake` is called."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._has_ended or self._has_news)
+            self._has_news = False
+
+    def wake(self) -> None:
+        """Have who waits for it look what else there is to do."""
+        with self._changed:
+            self._has_news = True
+            self._changed.notify_all()
+
+
+class Check:
+    """The digest of bytes that nobody uses now, made beside whoever computes. Thread-safe.
+
+    Attributes:
+        digest: empty until it is known.
+    """
+
+    def __init__(self, data: memoryview, when_known: Callable[[], None]) -> None:
+        self.digest = b""
+        self._when_known = when_known
+        self._data: memoryview | None = data
+
+    def cancel(self) -> None:
+        """Make no digest any more, unless that has begun: nobody will ask for it."""
+        self._data = None
+
+    def run(self) -> None:
+        """Make the digest, and tell; the bytes are let go before it is known."""
+        data, self._data = self._data, None
+        if data is not None:
+            digest = xxhash.xxh3_128_digest(data)
+            del data
+            self.digest = digest
+            self._when_known()
 
 
 class Filling:
-    """Reads tensors into buffers. Thread-safe.
+    """Reads tensors into buffers, and digests buffers. Thread-safe.
 
-    Its threads live only while there is something to read. In a forked child it begins anew.
+    Its threads live only while there is something to do, and a moment longer. In a forked child
+    it begins anew.
 
     Attributes:
         is_over: nobody waits for what is still to be read, so it is not. May be set from a
@@ -97,9 +152,13 @@ class Filling:
 
     def __init__(self) -> None:
         self.is_over = False
-        self._lock = threading.Lock()
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._changed = threading.Condition(threading.Lock())
         self._pieces: deque[tuple[Fill, int, int]] = deque()
-        self._running = 0
+        self._checks: deque[Check] = deque()
+        self._running = self._waiting = self._reading = 0
         self._pid = os.getpid()
 
     def begin(self, stored: Streamable, buffers: Buffers) -> Fill:
@@ -110,32 +169,90 @@ class Filling:
         """
         pieces = pieces_of(stored)
         fill = Fill(stored, pieces, buffers.take(pieces.room_bytes))
-        with self._lock:
-            if self._pid != os.getpid():
-                self._pieces.clear()
-                self._running, self._pid = 0, os.getpid()
+        if self._pid != os.getpid():  # the threads are the parent's, and so may be the lock
+            self._begin_anew()
+        with self._changed:
             self._pieces.extend((fill, start, stop) for start, stop in pieces.ranges)
-            wanted = min(_THREADS, len(self._pieces)) - self._running
+        self._have_threads()
+        return fill
+
+    def check(self, data: memoryview, when_known: Callable[[], None]) -> Check:
+        """Begin to digest bytes, before anything else that is still to be read.
+
+        Args:
+            data: they must not change until the digest is known or wanted no more.
+            when_known: called by the thread that made the digest; must not raise or wait.
+        """
+        check = Check(data, when_known)
+        if self._pid != os.getpid():
+            self._begin_anew()
+        with self._changed:
+            self._checks.append(check)
+        self._have_threads()
+        return check
+
+    def _have_threads(self) -> None:
+        """See to it that what is queued is worked on: by threads, or here."""
+        with self._changed:
+            queued = len(self._pieces) + len(self._checks)
+            self._changed.notify(queued)
+            wanted = min(_THREADS - self._running, queued - self._waiting)
             self._running += max(0, wanted)
         for missing in range(wanted, 0, -1):
             try:
                 threading.Thread(target=self._work, name="diskoffload-fill").start()
             except RuntimeError:  # the system has none left
-                with self._lock:
-                    self._running -= missing - 1
-                self._work()
+                with self._changed:
+                    self._running -= missing
+                    is_nobody_there = not self._running
+                if is_nobody_there:
+                    self._drain()
                 break
-        return fill
 
     def _work(self) -> None:
+        try:
+            self._drain()
+            while self._stays():
+                self._drain()
+        except BaseException:  # else nobody would be begun in its place
+            with self._changed:
+                self._running -= 1
+            raise
+
+    def _stays(self) -> bool:
+        """Wait a moment for more to do; tell whether there is, else the thread counts no more."""
+        with self._changed:
+            if not self._has_work() and not self.is_over:
+                self._waiting += 1
+                self._changed.wait_for(self._has_work, _LINGER_SECONDS)
+                self._waiting -= 1
+            if self._has_work():
+                return True
+            self._running -= 1
+            return False
+
+    def _has_work(self) -> bool:
+        return bool(self._checks) or (bool(self._pieces) and self._reading < _READERS)
+
+    def _drain(self) -> None:
+        """Do what is queued until nothing is left."""
         hand = Hand()
         while True:
-            with self._lock:
-                if not self._pieces:
-                    self._running -= 1
-                    return
-                fill, start, stop = self._pieces.popleft()
-            if self.is_over:
-                fill.is_abandoned = True
-            fill.read(start, stop, hand)
-            del fill
+            with self._changed:
+                check = self._checks.popleft() if self._checks else None
+                reads = check is None and self._has_work()
+                piece = self._pieces.popleft() if reads else None
+                self._reading += reads
+            if check is not None:
+                check.run()
+            elif piece is not None:
+                fill, start, stop = piece
+                if self.is_over:
+                    fill.is_abandoned = True
+                fill.read(start, stop, hand)
+                del fill
+                with self._changed:
+                    self._reading -= 1
+            else:
+                return
+            del check, piece

@@ -39,10 +39,10 @@ def test_only_the_pieces_in_hand_are_read_to_their_end(monkeypatch: pytest.Monke
     streaming = Streaming("streamed", Foresight())
     stored: Any = object()
     fill = streaming._filling.begin(stored, streaming.buffers)
-    for _ in range(fills._THREADS):
+    for _ in range(fills._READERS):
         assert pieces.began.acquire(timeout=60)
     del streaming
     gc.collect()
     pieces.go.set()
     fill.wait()
-    assert pieces.count == fills._THREADS
+    assert pieces.count == fills._READERS
