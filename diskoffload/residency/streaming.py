@@ -34,7 +34,7 @@ _LEAST_BYTES = 256 << 10
 # leave for it no more than keeps a device busy while one entry is computed with.
 _AHEAD_SHARE = 4
 _MOST_AHEAD_BYTES = 512 << 20
-_MOST_IN_PLACE_BYTES = 64 << 20
+_IN_PLACE_BYTES = 36 << 20
 # Who should leave is judged anew for each so many entries once a read.
 _JUDGED_A_READ = 128
 # Where nothing can be begun now, it is tried again after so many reads.
@@ -212,11 +212,11 @@ class Streaming:
                 continue
             nbytes = pieces_of(stored).room_bytes
             in_place = used_bytes + nbytes > budget_bytes
-            most_bytes = _MOST_IN_PLACE_BYTES if in_place else _MOST_AHEAD_BYTES
+            most_bytes = max(_IN_PLACE_BYTES, nbytes) if in_place else _MOST_AHEAD_BYTES
             if ahead_bytes + nbytes > min(budget_bytes // _AHEAD_SHARE, most_bytes):
                 # Nothing changes before one of them is taken.
                 self._rest_reads = looked_at if ahead_bytes else _REST_READS
-                break
+                return
             while used_bytes + nbytes > budget_bytes:
                 freed_bytes = self._freed_bytes(leaving)
                 if not freed_bytes:
@@ -229,11 +229,7 @@ class Streaming:
             self._fills[held] = fill
             used_bytes += fill.nbytes
             ahead_bytes += fill.nbytes
-        else:
-            self._rest_reads = looked_at // 2
-            return
-        if in_place:
-            self._begin_to_leave(held, stored.nbytes, leaving)
+        self._rest_reads = looked_at // 2
 
     def _freed_bytes(self, leaving: Leaving) -> int:
         """Take the memory of one entry that is known to have no edits; 0 if there is none."""
@@ -251,7 +247,7 @@ class Streaming:
         return 0
 
     def _begin_to_leave(self, coming: Held, wanted_bytes: int, leaving: Leaving) -> None:
-        """Have others leave soon, before there is need: to look for edits takes a moment."""
+        """Have others leave as soon as they were looked at for edits, which takes a moment."""
         for ref in self._leaving:
             held = ref()
             if held is not None and held.check is not None:
