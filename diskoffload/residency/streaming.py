@@ -2,8 +2,10 @@
 
 A model that is larger than memory and is read over and over defeats the kernel's own cache: what
 was read longest ago leaves first, and that is what is needed next. Here as much stays as the
-budget allows, what is needed last leaves first, and what is needed next is read while this is
-computed with. A buffer is used again only when nothing refers to it any more.
+budget allows, spread evenly over a pass, and what is needed next is read while this is computed
+with. A buffer is used again only when nothing refers to it any more and its value is known not
+to have been edited: an entry is hidden from readers, its value is digested by a thread that
+reads, and its buffer is taken then, unless somebody read it meanwhile.
 """
 
 from __future__ import annotations
