@@ -127,6 +127,7 @@ class Held:
     __slots__ = (
         "__weakref__",
         "_address",
+        "_checked_version",
         "_digest",
         "_lent",
         "_object",
@@ -164,6 +165,7 @@ class Held:
         self.keepers = 0
         self.buffer: Memory | None = None
         self.check: Check | None = None
+        self._checked_version: int | None = None
         self.place: torch.device | None = None
         self.mates: list[weakref.ref[Held]] | None = None
         self.views: weakref.WeakSet[Held] | None = None
@@ -394,6 +396,11 @@ class Held:
             return None
         return buffer.view(begin, nbytes)
 
+    def begin_check(self, check: Check) -> None:
+        """Note that a digest is being made of the value as :meth:`as_filled` gave it."""
+        assert self.tensor is not None
+        self.check, self._checked_version = check, _version_of(self.tensor)
+
     def forget_check(self) -> None:
         """Give up the digest under way: from now on the value may be edited."""
         if self.check is not None:
@@ -477,7 +484,8 @@ class Held:
         if self.state is State.BENEATH:
             moved = self.tensor.data_ptr() != self._address
             return moved or self.backing.was_edited(self.tensor)
-        known = self.check.digest if self.check is not None else b""
+        is_as_checked = self._checked_version == _version_of(self.tensor)
+        known = self.check.digest if self.check is not None and is_as_checked else b""
         return (known or digest_of(self.tensor)) != self._digest
 
     def mapped_span(self) -> tuple[int, int] | None:
@@ -507,6 +515,11 @@ class Held:
         now = (self.tensor.dtype, tuple(self.tensor.shape))
         same = (ticket.stored.dtype, ticket.stored.shape) == now
         return same and digest_of(self.tensor) == ticket.digest
+
+
+def _version_of(tensor: torch.Tensor | None) -> int | None:
+    """Count the edits that torch saw; one through a weak reference asks nobody for the tensor."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 def held_of(tensor: torch.Tensor) -> Held | None:

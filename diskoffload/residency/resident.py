@@ -291,7 +291,8 @@ class Residency:
         data = held.as_filled()
         if data is None:
             return self.released_bytes(held)
-        held.check = self._streaming.check(data, partial(_go_on_reading, weakref.ref(self)))
+        go_on = partial(_go_on_reading, weakref.ref(self))
+        held.begin_check(self._streaming.check(data, go_on))
         return self._loaded.get(held, 0)
 
     def released_bytes(self, held: Held) -> int:

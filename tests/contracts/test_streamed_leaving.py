@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,31 @@ def test_what_is_read_again_while_it_is_looked_at_may_be_edited(
     assert held.state is not held_module.State.VACANT
     assert torch.equal(model[3].weight, plain[3].weight + 1)  # type: ignore[operator]
     model[3]._parameters.sync()
+    assert torch.equal(model[3].weight, plain[3].weight + 1)  # type: ignore[operator]
+
+
+def test_an_edit_through_a_weak_reference_is_seen_after_the_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, model = opened(tmp_path)
+    residency = model[0]._parameters.residency
+    made: list[Check] = []
+
+    def later(data: memoryview, when_known: Any) -> Check:
+        made.append(Check(data, when_known))
+        return made[-1]
+
+    monkeypatch.setattr(residency._streaming, "check", later)
+    ref = weakref.ref(model[3].weight)
+    held = dict(model[3]._parameters.held_items())["weight"]
+    residency.begin_release(held)
+    made[0].run()
+    weight = ref()
+    assert weight is not None
+    with torch.no_grad():
+        weight.add_(1)
+    del weight
+    assert residency.release(held)
     assert torch.equal(model[3].weight, plain[3].weight + 1)  # type: ignore[operator]
 
 
