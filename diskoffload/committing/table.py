@@ -24,6 +24,7 @@ from diskoffload.store.folder import Folder
 from diskoffload.store.shard import Shard
 from diskoffload.store.stored import ShardTensor, Stored, StridedTensor
 from diskoffload.store.writer import Ticket, digest_of
+from diskoffload.system.collector import collector_paused
 
 # How often a tensor that another thread keeps changing is written before it is given up.
 _MOST_TRIES = 3
@@ -54,6 +55,8 @@ class Table:
             for residency in self._residencies():
                 locks.enter_context(residency.lock)
                 self._unchanged |= residency.sync(self._goes_here)
+            # Now that what changed is written: the collector is not held up by the disk.
+            locks.enter_context(collector_paused())
             shown = list(self._faces.shown())
             leave_dead_files(folder, self._entries_in_files())
             roots = [(one.name, root) for one in shown if (root := one.root) is not None]

@@ -30,6 +30,7 @@ from . import (
     opening,
     quantizing,
     report,
+    stages,
     sweep,
     throttled,
     writing,
@@ -41,7 +42,7 @@ FIGURES: dict[str, Figure] = {
     module.FIGURE.name: module.FIGURE
     for module in (
         *(access, opening, writing, quantizing, sweep, larger_than_memory, growth),
-        *(compression, throttled),
+        *(compression, throttled, stages),
     )
 }
 _FAILED, _WRONG, _INTERRUPTED = 1, 2, 130
