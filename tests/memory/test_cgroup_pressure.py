@@ -38,6 +38,8 @@ def test_memory_is_given_back_while_another_needs_it(
     assert report["on"]
     before, meanwhile, after = report["kept"]
     assert before > HOG_BYTES // 2, report["kept"]
-    assert meanwhile < before - HOG_BYTES // 4, report["kept"]
-    assert after > meanwhile + HOG_BYTES // 4, report["kept"]
+    # What is read ahead when a pass ends is not among what is kept, so a tensor of 16 MiB may be
+    # missing in either.
+    assert meanwhile < before - HOG_BYTES // 8, report["kept"]
+    assert after > meanwhile + HOG_BYTES // 8, report["kept"]
     assert report["outputs"] == [output_of(model)] * len(report["outputs"])
