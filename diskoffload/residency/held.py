@@ -380,11 +380,8 @@ class Held:
         may get it.
         """
         tensor, buffer, backing = self._object, self.buffer, self.backing
-        if self.state is not State.LOADED or None in (tensor, buffer, backing):
+        if self.state is not State.LOADED or tensor is None or buffer is None or backing is None:
             return None
-        assert tensor is not None  # as the type checker does not see
-        assert buffer is not None
-        assert backing is not None
         if self.views is not None or self.mates is not None or self.is_kept:
             return None
         if backing.layout != (tensor.dtype, tuple(tensor.shape)) or not tensor.is_contiguous():

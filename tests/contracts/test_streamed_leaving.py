@@ -39,6 +39,18 @@ def sums(model: Any) -> list[float]:
     return [float(layer.weight.detach().double().sum()) for layer in model]
 
 
+def made_later(residency: Any, monkeypatch: pytest.MonkeyPatch) -> list[Check]:
+    """Have no thread look for edits; give the looks that are asked for, for the test to run."""
+    made: list[Check] = []
+
+    def later(data: memoryview, when_known: Any) -> Check:
+        made.append(Check(data, when_known))
+        return made[-1]
+
+    monkeypatch.setattr(residency._streaming, "check", later)
+    return made
+
+
 def test_who_computes_digests_next_to_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,13 +86,7 @@ def test_what_is_read_again_while_it_is_looked_at_may_be_edited(
 ) -> None:
     plain, model = opened(tmp_path)
     residency = model[0]._parameters.residency
-    made: list[Check] = []
-
-    def later(data: memoryview, when_known: Any) -> Check:
-        made.append(Check(data, when_known))
-        return made[-1]
-
-    monkeypatch.setattr(residency._streaming, "check", later)
+    made = made_later(residency, monkeypatch)
     model[3].weight  # noqa: B018 - reads it
     held = dict(model[3]._parameters.held_items())["weight"]
     assert residency.begin_release(held) == WIDTH * WIDTH * 4
@@ -98,13 +104,7 @@ def test_an_edit_through_a_weak_reference_is_seen_after_the_look(
 ) -> None:
     plain, model = opened(tmp_path)
     residency = model[0]._parameters.residency
-    made: list[Check] = []
-
-    def later(data: memoryview, when_known: Any) -> Check:
-        made.append(Check(data, when_known))
-        return made[-1]
-
-    monkeypatch.setattr(residency._streaming, "check", later)
+    made = made_later(residency, monkeypatch)
     ref = weakref.ref(model[3].weight)
     held = dict(model[3]._parameters.held_items())["weight"]
     residency.begin_release(held)

@@ -33,7 +33,7 @@ def read(paths: Sequence[str], scratch: str) -> list[Sample]:
     seconds = 0.0
     for name in paths:
         nbytes = os.stat(name).st_size
-        fd, is_direct = _open(Path(name), os.O_RDONLY)
+        fd, is_direct = open_direct(Path(name), os.O_RDONLY)
         direct &= is_direct
         try:
             seconds += _move(nbytes, partial(_read, fd))
@@ -45,7 +45,7 @@ def read(paths: Sequence[str], scratch: str) -> list[Sample]:
 
 def write(nbytes: int, scratch: str) -> list[Sample]:
     """Write a new file of so many random bytes and wait until it is safe. (An arm's work.)"""
-    fd, direct = _open(Path(scratch, "raw"), os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    fd, direct = open_direct(Path(scratch, "raw"), os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
         started_seconds = time.perf_counter()
         _move(nbytes, partial(_write, fd))
@@ -65,7 +65,7 @@ def _samples(nbytes: int, seconds: float, direct: bool) -> list[Sample]:
     ]
 
 
-def _open(path: Path, flags: int) -> tuple[int, bool]:
+def open_direct(path: Path, flags: int) -> tuple[int, bool]:
     """Open a file past the page cache, or through it where the file system refuses that."""
     flags |= os.O_CLOEXEC
     try:

@@ -103,20 +103,13 @@ def _places(checkpoint: Checkpoint) -> Iterator[tuple[int, int, int]]:
     for path in checkpoint.files:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            headers[path] = _direct(path), 8 + length, json.loads(file.read(length))
+            fd, _ = raw_device.open_direct(path, os.O_RDONLY)  # the process ends soon
+            headers[path] = fd, 8 + length, json.loads(file.read(length))
     file_of = checkpoint.file_of()
     for name, _ in checkpoint.spec.shapes():
         fd, data_offset, header = headers[file_of[name]]
         start, stop = header[name]["data_offsets"]
         yield fd, data_offset + start, stop - start
-
-
-def _direct(path: Path) -> int:
-    """Open past the page cache where that can be; the process ends soon, and closes it."""
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
-    except OSError:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 # ---------------------------------------------------------------------- the figure
