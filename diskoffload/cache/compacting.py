@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 from diskoffload.cache.disk_backing import DiskBacking
@@ -21,41 +21,67 @@ from diskoffload.store.writer import Ticket
 SMALL_BYTES = 8 << 20
 MOST_SMALL_FILES = 64
 
+Live = dict[str, dict[str, int]]
+"""What of files is in use: by a file's name and the tensor's in it, how many bytes."""
 
-def leave_dead_files(folder: Folder, entries: Mapping[Held, Residency]) -> int:
+
+def leave_dead_files(folder: Folder, entries: Mapping[Held, Residency]) -> None:
     """Write anew what entries have in files that are mostly dead, or small and too many.
-
-    A file of which anything is in use, and so mapped, is left alone until the next time.
-    Each value is compared with its checksum on the way.
 
     Args:
         folder: the folder.
-        entries: every entry of the model whose value is in the folder, with its books, whose
-            locks are held.
-
-    Returns:
-        How many files nothing of the model is in any more.
+        entries: all whose values are in the folder, with their books, whose locks are held.
 
     Raises:
         DamagedFileError: a value is not what was written; it stays where it is.
         StorageError: the disk refused; everything stays where it is.
     """
-    inside: dict[Shard, list[tuple[Held, StoredSpec]]] = {}
+    leave_files(folder, dead_files(folder, live_in(folder, entries)), entries)
+
+
+def live_in(folder: Folder, entries: Iterable[Held]) -> Live:
+    """Tell what entries have in a folder's files."""
+    live: Live = {}
     for held in entries:
-        shard_and_spec = _place_of(held)
-        if shard_and_spec is not None and folder.owns(shard_and_spec[0]):
-            inside.setdefault(shard_and_spec[0], []).append((held, shard_and_spec[1]))
-    small = [shard for shard in inside if shard.header.file_bytes < SMALL_BYTES]
-    too_many = set(small) if len(small) > MOST_SMALL_FILES else set()
-    dead = [
-        [held for held, _ in pairs]
-        for shard, pairs in inside.items()
-        if shard in too_many or is_mostly_dead(shard, [spec for _, spec in pairs])
+        place = _place_of(held)
+        if place is not None and folder.owns(place[0]):
+            live.setdefault(place[0].path.name, {})[place[1].name] = place[1].nbytes
+    return live
+
+
+def dead_files(folder: Folder, live: Live) -> set[str]:
+    """Name files that are mostly dead, or small and too many, if no more is in use than this."""
+    shards = [shard for shard in folder.shards() if shard.path.name in live]
+    small = {shard.path.name for shard in shards if shard.header.file_bytes < SMALL_BYTES}
+    dead = {
+        name
+        for shard in shards
+        if is_mostly_dead(shard, sum(live[name := shard.path.name].values()))
+    }
+    return dead | small if len(small) > MOST_SMALL_FILES else dead
+
+
+def leave_files(folder: Folder, names: Set[str], entries: Mapping[Held, Residency]) -> None:
+    """Write anew what entries have in some files of the folder.
+
+    A file of which anything is in use, and so mapped, is left alone until the next time.
+    Each value is compared with its checksum on the way. Arguments and errors are those of
+    :func:`leave_dead_files`.
+    """
+    inside: dict[Shard, list[Held]] = {}
+    for held in entries if names else ():
+        place = _place_of(held)
+        if place is not None and place[0].path.name in names and folder.owns(place[0]):
+            inside.setdefault(place[0], []).append(held)
+    movable = [
+        held
+        for group in inside.values()
+        if all(entries[held].vacate_mapped(held) for held in group)
+        for held in group
     ]
-    movable = [group for group in dead if all(entries[held].vacate_mapped(held) for held in group)]
     tickets: list[tuple[Held, Ticket]] = []
     try:
-        for held in [held for group in movable for held in group]:
+        for held in movable:
             backing: Any = held.backing
             value = backing.stored.load()
             tickets.append((held, folder.put(held.name, value, backing.compression)))
@@ -68,7 +94,7 @@ def leave_dead_files(folder: Folder, entries: Mapping[Held, Residency]) -> int:
     for held, ticket in tickets:
         assert held.backing is not None  # its value was there
         held.backing = held.backing.succeed(ticket)
-    return len(movable)
+        held.wake()
 
 
 def _place_of(held: Held) -> tuple[Shard, StoredSpec] | None:

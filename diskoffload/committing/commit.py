@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from diskoffload.cache.disk import DiskCache
+from diskoffload.committing.shown import faces_of, folder_of, nothing_offloaded
 from diskoffload.committing.table import Table
-from diskoffload.errors import InvalidInputError, NotOffloadedError
+from diskoffload.errors import InvalidInputError
 from diskoffload.store.commits import Commits, Committed
-from diskoffload.store.folder import Folder
 from diskoffload.store.journal import Journal
 from diskoffload.system.files import Files
 
@@ -51,15 +52,16 @@ def commit(model: torch.nn.Module, note: Any = None) -> Committed:
     are in their files, not until those are durable.
     Commits to one folder wait for each other: the later one has what the earlier one has.
     """
-    folder = _folder_of(model)
+    turn = _turn_of(model)
     try:
         note = json.loads(json.dumps(note))
     except (TypeError, ValueError) as error:
         raise InvalidInputError(f"the note cannot be written as JSON: {error}") from error
-    folder.check_open("a commit")  # in a child of a fork the turn may be taken for ever
-    with folder.turn:
+    with turn:
+        faces = faces_of(model)
+        folder = folder_of(model, faces)
         folder.claim_commits(model)
-        made = Table(model, folder).commit(note)
+        made = Table(model, folder, faces).commit(note)
     _log.info(
         "commit %d of %s: %d tensors in %d files",
         made.number,
@@ -82,26 +84,15 @@ def last_commit(where: torch.nn.Module | Path | str) -> Committed:
         DamagedFileError: the folder's journal is damaged.
     """
     if isinstance(where, torch.nn.Module):
-        return _folder_of(where).last_commit
+        return folder_of(where, faces_of(where)).last_commit
     return Commits(Journal(Path(where).expanduser().absolute(), Files())).last
 
 
-def _folder_of(model: torch.nn.Module) -> Folder:
-    folders = {
-        id(cache.folder): cache.folder
-        for module in model.modules()
-        for cache in (module._parameters, module._buffers)
-        if isinstance(cache, DiskCache)
-    }
-    if not folders:
-        raise NotOffloadedError(
-            f"nothing of this {type(model).__name__} is offloaded to disk, so there is no folder "
-            "to commit to; open it with open_checkpoint or offload it with offload_dir"
-        )
-    if len(folders) > 1:
-        places = sorted(str(folder.path) for folder in folders.values())
-        raise InvalidInputError(
-            f"the model is offloaded to {len(folders)} folders ({', '.join(places)}), and a commit "
-            "is one folder's; offload all of it to one offload_dir"
-        )
-    return next(iter(folders.values()))
+def _turn_of(model: torch.nn.Module) -> threading.Lock:
+    """Find whose turn it is to commit; what else the model has is seen only when it is ours."""
+    for module in model.modules():
+        for cache in (module._parameters, module._buffers):
+            if isinstance(cache, DiskCache):
+                cache.folder.check_open("a commit")  # a forked child would wait for ever
+                return cache.folder.turn
+    raise nothing_offloaded(model)

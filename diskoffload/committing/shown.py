@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import ItemsView, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from diskoffload.cache.base import OffloadCache
+from diskoffload.cache.disk import DiskCache
+from diskoffload.errors import InvalidInputError, NotOffloadedError
 from diskoffload.residency.held import Held, State
 from diskoffload.residency.storages import ViewBacking
 from diskoffload.store.commits import Entry
+from diskoffload.store.folder import Folder
 
 Value = Held | torch.Tensor
 
@@ -44,40 +47,96 @@ class Shown:
         return can_train and self.value is not None and not self.value.requires_grad
 
 
-class Faces:
-    """The mappings of a model's modules, as they are now; found by one walk over the model.
+class Face(NamedTuple):
+    """One mapping of a module: its parameters or its buffers.
 
     Attributes:
-        caches: those that offload.
+        prefix: of the names it shows.
+        module: the module.
+        is_parameter: whether they are parameters.
+        cache: the mapping, if it is offloaded.
+        plain: the mapping, if it is not.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._mappings: list[tuple[str, torch.nn.Module, Mapping[str, Any]]] = [
-            (f"{prefix}." if prefix else "", module, mapping)
-            for prefix, module in model.named_modules()
-            for mapping in (module._parameters, module._buffers)
-        ]
-        mappings: list[Any] = [mapping for _, _, mapping in self._mappings]
-        self.caches = [one for one in mappings if isinstance(one, OffloadCache)]
+    prefix: str
+    module: torch.nn.Module
+    is_parameter: bool
+    cache: OffloadCache | None
+    plain: Mapping[str, torch.Tensor | None]
+
+    def held(self) -> list[Held]:
+        """List its entries; none of a plain one."""
+        if self.cache is None:
+            return []
+        return [held for _, held in self.cache.held_items() if held is not None]
+
+    def layout(self) -> tuple[object, ...]:
+        """Give what its entries do not know: names, which are ``None``, which are not saved."""
+        names = [(key, value is None) for key, value in self._items()]
+        unsaved = () if self.is_parameter else frozenset(self.module._non_persistent_buffers_set)
+        return self.prefix, self.is_parameter, names, unsaved
 
     def shown(self) -> Iterator[Shown]:
-        """Give every name and what it shows; the locks of the caches' books are held."""
-        for prefix, module, mapping in self._mappings:
-            entries: Any = mapping
-            pairs = entries.held_items() if isinstance(entries, OffloadCache) else entries.items()
-            is_parameter = mapping is module._parameters
-            unsaved = module._non_persistent_buffers_set
-            for key, value in list(pairs):
-                yield Shown(f"{prefix}{key}", is_parameter, key not in unsaved, value)
+        """Give every name and what it shows."""
+        is_parameter, unsaved = self.is_parameter, self.module._non_persistent_buffers_set
+        for key, value in list(self._items()):
+            yield Shown(f"{self.prefix}{key}", is_parameter, key not in unsaved, value)
 
     def born(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Give dtype and shape of every tensor as it was when its module was offloaded."""
-        return {
-            f"{prefix}{key}": layout
-            for prefix, _, mapping in self._mappings
-            if isinstance(mapping, OffloadCache)
-            for key, layout in mapping.born.items()
-        }
+        born = {} if self.cache is None else self.cache.born
+        return {f"{self.prefix}{key}": layout for key, layout in born.items()}
+
+    def _items(self) -> ItemsView[str, Value | None]:
+        return self.plain.items() if self.cache is None else self.cache.held_items()
+
+
+def faces_of(model: torch.nn.Module) -> list[Face]:
+    """Find the mappings of a model's modules, as they are now, by one walk over it.
+
+    Most are empty and always were: those are left out.
+    """
+    faces = []
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        for mapping, is_parameter in ((module._parameters, True), (module._buffers, False)):
+            # There are thousands, and to ask an abstract class whose they are takes its time.
+            if OffloadCache in type(mapping).__mro__:
+                cache: Any = mapping
+                if cache.held_items() or cache.born:
+                    faces.append(Face(prefix, module, is_parameter, cache, {}))
+            elif mapping:
+                faces.append(Face(prefix, module, is_parameter, None, mapping))
+    return faces
+
+
+def folder_of(model: torch.nn.Module, faces: list[Face]) -> Folder:
+    """Find the one folder that a model is offloaded to.
+
+    Raises:
+        NotOffloadedError: nothing of it is offloaded to disk.
+        InvalidInputError: its modules are offloaded to several.
+    """
+    folders = {
+        id(one.cache.folder): one.cache.folder for one in faces if isinstance(one.cache, DiskCache)
+    }
+    if not folders:
+        raise nothing_offloaded(model)
+    if len(folders) > 1:
+        places = sorted(str(folder.path) for folder in folders.values())
+        raise InvalidInputError(
+            f"the model is offloaded to {len(folders)} folders ({', '.join(places)}), and a commit "
+            "is one folder's; offload all of it to one offload_dir"
+        )
+    return next(iter(folders.values()))
+
+
+def nothing_offloaded(model: torch.nn.Module) -> NotOffloadedError:
+    """Say that a model has no folder."""
+    return NotOffloadedError(
+        f"nothing of this {type(model).__name__} is offloaded to disk, so there is no folder "
+        "to commit to; open it with open_checkpoint or offload it with offload_dir"
+    )
 
 
 def is_view(value: Value) -> bool:

@@ -9,12 +9,28 @@ from typing import Any
 
 import torch
 
-from diskoffload.cache.compacting import MOST_SMALL_FILES, SMALL_BYTES, leave_dead_files
+from diskoffload.cache.compacting import (
+    MOST_SMALL_FILES,
+    SMALL_BYTES,
+    Live,
+    dead_files,
+    leave_files,
+    live_in,
+)
 from diskoffload.cache.disk_backing import DiskBacking
 from diskoffload.checkpoint.fingerprint import fingerprint_of
 from diskoffload.checkpoint.open import Binding, binding_of
-from diskoffload.committing.shown import Faces, Shown, Value, has_value, identity, is_view
+from diskoffload.committing.resting import Rest, is_at_rest, is_still, lay_to_rest, rest_of
+from diskoffload.committing.shown import (
+    Face,
+    Shown,
+    Value,
+    has_value,
+    identity,
+    is_view,
+)
 from diskoffload.errors import CommitError, UnsupportedTensorError, listed
+from diskoffload.residency.edits import unedited
 from diskoffload.residency.held import Held
 from diskoffload.residency.resident import Residency, current_value
 from diskoffload.residency.storages import ViewBacking
@@ -35,12 +51,17 @@ _ENTRY_BYTES = 256
 
 
 class Table:
-    """The values of one commit, on their way into its table."""
+    """The values of one commit, on their way into its table.
 
-    def __init__(self, model: torch.nn.Module, folder: Folder) -> None:
+    What nobody can have changed since an earlier commit is not looked at: of it is said what
+    that one said. So a commit costs a walk over the modules, and a look at what was in use.
+    """
+
+    def __init__(self, model: torch.nn.Module, folder: Folder, faces: list[Face]) -> None:
         self._folder = folder
         self._binding = binding_of(model)
-        self._faces = Faces(model)
+        self._faces = faces
+        self._rests: list[Rest] = []
         self._entries: dict[str, Entry] = {}
         self._shards: dict[str, Shard] = {}
         self._reused: set[str] = set()
@@ -57,8 +78,9 @@ class Table:
                 self._unchanged |= residency.sync(self._goes_here)
             # Now that what changed is written: the collector is not held up by the disk.
             locks.enter_context(collector_paused())
-            shown = list(self._faces.shown())
-            leave_dead_files(folder, self._entries_in_files())
+            self._set_aside_what_rests()
+            hidden = self._hide()
+            shown = [one for face in self._faces for one in face.shown()]
             roots = [(one.name, root) for one in shown if (root := one.root) is not None]
             where = self._where(roots)
             source, names = self._source(last)
@@ -67,6 +89,9 @@ class Table:
             remembered: dict[str, tuple[Any, Entry]] = {
                 name: (key, self._at(where[id(values[name])])) for name, key in self._keys.items()
             }
+            new_rests = [rest for face, rest in hidden if self._note(face, rest)]
+        for rest in self._rests:
+            remembered.update({name: folder.remembered[name] for name in rest.in_memory})
         born = last.born
         if source is None and born is None:
             born = self._born(shown)
@@ -80,7 +105,59 @@ class Table:
         self._check_source()
         made = folder.commit(wanted, self._shards.values())
         folder.remembered = remembered  # older ones may be in files that are gone now
+        for rest in new_rests:
+            rest.is_committed = True
         return made
+
+    # ------------------------------------------------------------------ what need not be seen
+
+    def _set_aside_what_rests(self) -> None:
+        """Leave to the faces those that have to be looked at, and take the others' entries over.
+
+        What is in a file that is to be left, or that was lost, has to be, however long it rests.
+        """
+        folder = self._folder
+        rests = [rest_of(face) for face in self._faces]
+        live = live_in(folder, self._entries_in_files(rests))
+        for rest in rests:
+            for file, specs in rest.live.items() if rest is not None else ():
+                live.setdefault(file, {}).update(specs)
+        dead = dead_files(folder, live)
+        self._left = self._files_to_leave(live)
+        doubtful = dead | self._left | folder.suspects
+        for number, rest in enumerate(rests):
+            if rest is not None and not doubtful.isdisjoint(rest.files):
+                rests[number] = None
+        leave_files(folder, dead, self._entries_in_files(rests))
+        self._faces = [face for face, rest in zip(self._faces, rests, strict=True) if rest is None]
+        self._rests = [rest for rest in rests if rest is not None]
+        for rest in self._rests:
+            self._entries.update(rest.entries)
+            self._reused |= rest.files
+        self._shards.update(
+            {name: one for one in folder.shards() if (name := one.path.name) in self._reused}
+        )
+
+    def _hide(self) -> list[tuple[Face, Rest]]:
+        """Hide what nobody uses, so that it stays as this commit is about to see it."""
+        laid = [(face, rest) for face in self._faces if (rest := lay_to_rest(face)) is not None]
+        held = [one for face, _ in laid for one in face.held() if one.tensor is not None]
+        self._unchanged.difference_update(held)  # that was seen while it could be edited
+        self._unchanged |= unedited(held) or set()
+        return laid
+
+    def _note(self, face: Face, rest: Rest) -> bool:
+        """Note what this commit says of a mapping, if nobody was given anything of it since."""
+        held = face.held()
+        if not held or not is_still(rest, held):
+            return False
+        rest.names = [one.name for one in face.shown()] + list(face.born())
+        rest.entries = {name: self._entries[name] for name in rest.names if name in self._entries}
+        rest.live = live_in(self._folder, held)
+        rest.in_memory = [name for name in rest.names if name in self._keys]
+        places = [entry["at"] for entry in rest.entries.values()]
+        rest.files = {place[0] for place in places if isinstance(place, list)} | rest.live.keys()
+        return True
 
     def _check_source(self) -> None:
         """Refuse to refer to a checkpoint that is no longer what was opened."""
@@ -97,16 +174,18 @@ class Table:
                 "back, or keep the model with save_checkpoint"
             )
 
-    def _entries_in_files(self) -> dict[Held, Residency]:
+    def _entries_in_files(self, rests: list[Rest | None]) -> dict[Held, Residency]:
+        """Give the entries, and their books, of all mappings that do not rest."""
         return {
-            held.root: cache.residency
-            for cache in self._faces.caches
-            for _, held in cache.held_items()
-            if held is not None
+            held.root: face.cache.residency
+            for face, rest in zip(self._faces, rests, strict=True)
+            if rest is None and face.cache is not None
+            for held in face.held()
         }
 
     def _residencies(self) -> list[Residency]:
-        found = {id(cache.residency): cache.residency for cache in self._faces.caches}
+        caches = [one.cache for one in self._faces if one.cache is not None]
+        found = {id(cache.residency): cache.residency for cache in caches}
         return [found[key] for key in sorted(found)]  # in one order, whoever commits
 
     # ------------------------------------------------------------------ where values are
@@ -114,7 +193,6 @@ class Table:
     def _where(self, roots: list[tuple[str, Value]]) -> dict[int, Stored | Entry]:
         """Have every value in a file; tell where, by the identity of what holds it."""
         values = {id(root): (root, name) for name, root in roots}
-        self._left = self._files_to_leave()
         where: dict[int, Stored | Entry] = {}
         waiting = list(values.values())
         for _ in range(_MOST_TRIES):
@@ -150,7 +228,7 @@ class Table:
                 backing, tensor = current_value(value)
             if isinstance(backing, DiskBacking) and backing.stored is not None:
                 stored = backing.stored
-                doubtful = any(self._folder.is_suspect(shard) for shard in stored.shards)
+                doubtful = any(one.path.name in self._folder.suspects for one in stored.shards)
                 if not doubtful and (self._is_own(stored) or self._is_of_source(value, stored)):
                     return stored
                 tensor = stored.load()
@@ -169,7 +247,7 @@ class Table:
         # Who is interrupted before it is written could not cancel it.
         return self._folder.put(name, tensor.detach(), None, stays_open=False)
 
-    def _files_to_leave(self) -> set[str]:
+    def _files_to_leave(self, live: Live) -> set[str]:
         """Find files that values in memory were committed to, and little else is alive in."""
         live_bytes: Counter[str] = Counter()
         for (_, dtype, shape, _), entry in self._folder.remembered.values():
@@ -177,11 +255,8 @@ class Table:
         files = set(live_bytes)
         if not files:
             return files
-        for held in self._entries_in_files():
-            stored = held.backing.stored if isinstance(held.backing, DiskBacking) else None
-            if stored is not None:
-                for shard in stored.shards:
-                    live_bytes[shard.path.name] += _bytes_of(stored.dtype, stored.shape)
+        for name in files & live.keys():
+            live_bytes[name] += sum(live[name].values())
         sizes = {name: size for name, (size, _) in self._folder.last_commit.shards.items()}
         small = {name for name in files if sizes.get(name, 0) < SMALL_BYTES}
         return (small if len(small) > MOST_SMALL_FILES else set()) | {
@@ -191,6 +266,8 @@ class Table:
         }
 
     def _goes_here(self, held: Held) -> bool:
+        if is_at_rest(held):
+            return False
         backing = held.root.backing
         return isinstance(backing, DiskBacking) and backing.folder is self._folder
 
@@ -210,7 +287,7 @@ class Table:
         binding = self._binding
         if binding is None:
             return None, set()
-        names = {*binding.recipes, *self._faces.born()}
+        names = {*binding.recipes, *(name for face in self._faces for name in face.born())}
         if last.source is not None and last.source["path"] == str(binding.checkpoint.path):
             return dict(last.source), names
         return source_of(binding), names
@@ -240,12 +317,16 @@ class Table:
             found = where[id(value)]
             if not isinstance(found, dict) and not self._is_own(found):
                 assert isinstance(value, Held)  # only entries lie in the source
-                # Without an entry it is as the source says, and can be trained.
-                if value.name != one.name or one.is_frozen(found.dtype):
+                # Without an entry it is as the source says, saved again, and can be trained.
+                as_there = value.name == one.name and one.persistent
+                if not as_there or one.is_frozen(found.dtype):
                     self._entries[one.name] = one.described({"at": {"source": value.name}})
                 continue
             self._entries[one.name] = one.described(self._at(found))
-        for name in source_names - {one.name for one in shown}:
+        source_names.difference_update(one.name for one in shown)
+        for rest in self._rests:
+            source_names.difference_update(rest.names)
+        for name in source_names:
             self._entries[name] = {"at": None, "is": "gone"}
 
     def _root_at(self, root: Held, where: dict[int, Stored | Entry]) -> Entry:
@@ -274,7 +355,8 @@ class Table:
         plain = {one.name: ("", ()) for one in shown if isinstance(one.value, torch.Tensor)}
         offloaded = {
             name: (str(dtype).removeprefix("torch."), shape)
-            for name, (dtype, shape) in self._faces.born().items()
+            for face in self._faces
+            for name, (dtype, shape) in face.born().items()
         }
         return {**plain, **offloaded}
 

@@ -122,6 +122,8 @@ class Held:
         views: of a root, the entries that are views of it; they lie wherever it lies.
         buffer: memory to be used again when the object no longer lies on it.
         check: the digest that is being made of the value since nobody uses it.
+        rest: what somebody noted of the value when nobody used it, see :meth:`lay_to_rest`; gone
+            as soon as a reader may have the object.
     """
 
     __slots__ = (
@@ -141,6 +143,7 @@ class Held:
         "mates",
         "name",
         "place",
+        "rest",
         "state",
         "ticket",
         "views",
@@ -165,6 +168,7 @@ class Held:
         self.keepers = 0
         self.buffer: Memory | None = None
         self.check: Check | None = None
+        self.rest: object = None
         self._checked_version: int | None = None
         self.place: torch.device | None = None
         self.mates: list[weakref.ref[Held]] | None = None
@@ -207,7 +211,7 @@ class Held:
     def lend(self, when_gone: Callable[[], object]) -> None:
         """Leave an object that no module shows to whoever has it; the entry lasts as long."""
         assert self._object is not None
-        self.forget_check()
+        self.wake()
         self._lent = weakref.ref(self._object, lambda _: when_gone())
         self._object = None
 
@@ -220,6 +224,7 @@ class Held:
     @property
     def offloaded(self) -> torch.Tensor:
         """What stands for the entry when onloading is disabled."""
+        self.rest = None  # to make this one trainable is to make an object that is to come so
         self._refresh_template()
         memory = self.backing.memory if self.backing is not None else self.tensor
         lies_here = self.state not in (State.VACANT, State.LOADED)
@@ -271,7 +276,7 @@ class Held:
     def publish(self) -> torch.Tensor:
         """Let readers find the object without asking anyone."""
         assert self.tensor is not None
-        self.forget_check()
+        self.wake()
         for binding in self.bindings:
             self._publish_at(binding)
         for view in self._laid_views():
@@ -279,7 +284,7 @@ class Held:
         return self.tensor
 
     def _publish_at(self, binding: Showing) -> None:
-        self.forget_check()
+        self.wake()
         if self.is_at(binding.device):
             binding.published[binding.key] = self.tensor
 
@@ -301,6 +306,7 @@ class Held:
 
     def bind(self, binding: Showing) -> None:
         """Add a place that shows the entry."""
+        self.wake()
         self.bindings.append(binding)
         if self.state is not State.VACANT and self.tensor is not None:
             self._publish_at(binding)
@@ -327,7 +333,7 @@ class Held:
             digest: of its bytes, where that is known.
         """
         self.buffer = None
-        self.forget_check()
+        self.wake()
         following = self._laid_views()
         tensor = self.tensor
         if tensor is None:
@@ -354,7 +360,7 @@ class Held:
         heir.state, heir.ticket, heir.buffer = self.state, self.ticket, self.buffer
         heir._digest, heir._address, heir._strides = self._digest, self._address, self._strides
         self.ticket = self.buffer = None
-        self.forget_check()
+        self.wake()
 
     def let_go(self) -> None:
         """Leave the object as it is from now on: its value is none of our business any more."""
@@ -370,14 +376,13 @@ class Held:
         with torch.inference_mode(False):
             self.tensor.data = torch.empty(0, dtype=self.tensor.dtype, device=self.tensor.device)
         self.state, self.buffer = State.VACANT, None
-        self.forget_check()
+        self.wake()
 
     def as_filled(self) -> memoryview | None:
         """View the bytes of a value in a buffer that nobody uses: what a digest is made of.
 
         ``None`` unless the object lies there alone, whole and in order. To be called on an
-        unpublished, unheld entry only, whose :attr:`check` is forgotten as soon as a reader
-        may get it.
+        unpublished, unheld entry only, which wakes as soon as a reader may get it.
         """
         tensor, buffer, backing = self._object, self.buffer, self.backing
         if self.state is not State.LOADED or tensor is None or buffer is None or backing is None:
@@ -393,13 +398,44 @@ class Held:
             return None
         return buffer.view(begin, nbytes)
 
+    def lay_to_rest(self, note: object) -> bool:
+        """Hide an entry that stands alone and that nobody uses, and note that in :attr:`rest`.
+
+        As long as the note is there the value is what it was, wherever it lies, and so is what
+        the object is. To be called under the lock; tells whether it was done.
+        """
+        if (
+            self.state in (State.FRESH, State.AS_IS)
+            or self.backing is None
+            or (self.backing.memory is not None and self.state is not State.BENEATH)
+            or self.ticket is not None
+            or len(self.bindings) != 1
+            or self.is_lent
+            or self.root is not self
+            or self.views is not None
+            or self.mates is not None
+            or self.is_kept
+            or self.standin_is_out()
+        ):
+            return False
+        self.unpublish()
+        # One who has a weak reference would get the object without asking.
+        known = 0 if self._object is None else weakref.getweakrefcount(self._object)
+        if known or not self.is_unheld():
+            if self.state is not State.VACANT:
+                self.publish()
+            return False
+        self.rest = note
+        return True
+
     def begin_check(self, check: Check) -> None:
         """Note that a digest is being made of the value as :meth:`as_filled` gave it."""
         assert self.tensor is not None
         self.check, self._checked_version = check, _version_of(self.tensor)
 
-    def forget_check(self) -> None:
-        """Give up the digest under way: from now on the value may be edited."""
+    def wake(self) -> None:
+        """Note that from now on somebody may edit the value: what was found before is doubtful."""
+        self.rest = None
         if self.check is not None:
             self.check.cancel()
             self.check = None

@@ -291,6 +291,6 @@ class Streaming:
         if self._pid != os.getpid():  # the threads that read ahead are the parent's
             self._fills.clear()
             for held in filter(None, (ref() for ref in self._leaving)):
-                held.forget_check()
+                held.wake()
             self._leaving.clear()
             self._pid = os.getpid()

@@ -132,7 +132,11 @@ def _difference(before: Committed, after: Committed) -> Record:
     record: Record = {"version": _VERSION, "commit": after.number, "seconds": after.seconds}
     for name in ("entries", "shards"):
         old, new = getattr(before, name), getattr(after, name)
-        changed = {key: value for key, value in new.items() if old.get(key) != value}
+        changed = {
+            key: value
+            for key, value in new.items()
+            if (known := old.get(key)) is not value and known != value
+        }
         gone = [key for key in old if key not in new]
         record.update({name: changed} if changed else {})
         record.update({f"no_{name}": gone} if gone else {})

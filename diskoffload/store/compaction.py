@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 from diskoffload.errors import CommitError
 from diskoffload.store.commits import Commits, Committed, Entry
 from diskoffload.store.folder import Folder, open_committed
-from diskoffload.store.header import StoredSpec
 from diskoffload.store.journal import Journal
 from diskoffload.store.shard import Shard
 from diskoffload.store.stored import stored_tensors
@@ -36,10 +35,9 @@ class Compaction:
     freed_bytes: int = 0
 
 
-def is_mostly_dead(shard: Shard, live: Iterable[StoredSpec]) -> bool:
-    """Tell whether a file should be written anew, from the tensors of it that are in use."""
+def is_mostly_dead(shard: Shard, live_bytes: int) -> bool:
+    """Tell whether a file should be written anew, from what of its data is in use."""
     data_bytes = shard.header.file_bytes - shard.header.data_offset
-    live_bytes = sum(spec.nbytes for spec in {spec.name: spec for spec in live}.values())
     return live_bytes < data_bytes * _LEAST_LIVE_SHARE
 
 
@@ -112,7 +110,7 @@ def _dead(last: Committed, shard_of: Callable[[str], Shard]) -> _Dead:
     dead = {
         name: live[name]
         for name, shard in shards.items()
-        if is_mostly_dead(shard, [shard.header.specs[key] for key in live[name]])
+        if is_mostly_dead(shard, sum(shard.header.specs[key].nbytes for key in live[name]))
     }
     return _Dead(shards, dead)
 

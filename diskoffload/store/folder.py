@@ -8,7 +8,7 @@ import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -252,9 +252,10 @@ class Folder:
         """Whether a shard is one of this folder's files."""
         return shard.first.owner is self._owner
 
-    def is_suspect(self, shard: Shard) -> bool:
-        """Whether it is in doubt what of a shard is on disk: its fsync failed, or it is lost."""
-        return shard.path.name in self._suspect
+    @property
+    def suspects(self) -> Set[str]:
+        """Names of files of which nobody knows what is on disk: an fsync failed, or one is lost."""
+        return self._suspect
 
     def commit(self, wanted: Committed, shards: Iterable[Shard]) -> Committed:
         """Make a state durable: first the data, then one record that refers to it.
@@ -269,7 +270,7 @@ class Folder:
             StorageError: not everything could be made durable. The last commit is what it
                 was, nothing of it is removed, and a later call tries again; a file whose
                 fsync failed, or that was changed, must be written anew before, see
-                :meth:`is_suspect`.
+                :attr:`suspects`.
         """
         self.check_open("a commit")
         with self._commit_lock:
