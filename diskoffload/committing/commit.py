@@ -30,6 +30,10 @@ def commit(model: torch.nn.Module, note: Any = None) -> Committed:
     and of an opened checkpoint nothing is that is unchanged. Tensors that the model holds in
     memory (plain modules, ``CPUCache``) are written to the folder as well.
 
+    Beside the writing it costs a walk over the modules, and a look at what was read or assigned
+    since the commit before and at what somebody holds; tensors of plain modules are compared with
+    their digest each time. What nobody holds is hidden, so that the next read of it is a slow one.
+
     Args:
         model: a model of which at least some modules are offloaded to disk, all to one folder.
         note: what the caller wants to find again, anything that JSON can say; for example
