@@ -21,7 +21,8 @@ from diskoffload.store.pieces import Hand, Pieces, Streamable, pieces_of
 from diskoffload.system.memory import Memory
 
 _READERS = 2
-# One more digests what is to be read over: that must not wait for a piece to be read.
+# One more digests what was read and what is to be read over: the device must not wait for that,
+# nor that for a piece to be read.
 _THREADS = _READERS + 1
 # A thread without work waits so long for more: beginning one for each tensor costs more than
 # the reads of small ones, and one that stays would outlive its model.
@@ -70,8 +71,8 @@ class Fill:
         tensor = self.buffer.tensor(stored.dtype, stored.shape, self._place)
         return tensor, self._digest
 
-    def read(self, start: int, stop: int, hand: Hand) -> None:
-        """Read a piece; the last one makes the value."""
+    def read(self, start: int, stop: int, hand: Hand) -> bool:
+        """Read a piece; tell whether it was the last, after which :meth:`finish` is called."""
         try:
             if not self.is_abandoned:
                 self._pieces.read(start, stop, self.buffer, hand)
@@ -79,16 +80,18 @@ class Fill:
             self._error = error
         with self._changed:
             self._left -= 1
-            is_last = not self._left
-        if is_last:
-            try:
-                if self._error is None and not self.is_abandoned:
-                    self._place, self._digest = self._pieces.finish(self.buffer)
-            except BaseException as error:
-                self._error = error
-            with self._changed:
-                self._has_ended = True
-                self._changed.notify_all()
+            return not self._left
+
+    def finish(self) -> None:
+        """Make the value of what was read."""
+        try:
+            if self._error is None and not self.is_abandoned:
+                self._place, self._digest = self._pieces.finish(self.buffer)
+        except BaseException as error:
+            self._error = error
+        with self._changed:
+            self._has_ended = True
+            self._changed.notify_all()
 
     def wait(self) -> None:
         """Wait until nothing of it is read any more."""
@@ -249,10 +252,14 @@ class Filling:
                 fill, start, stop = piece
                 if self.is_over:
                     fill.is_abandoned = True
-                fill.read(start, stop, hand)
-                del fill
+                is_last = fill.read(start, stop, hand)
                 with self._changed:
                     self._reading -= 1
+                    if self._pieces:
+                        self._changed.notify()  # the device does not wait for what is left to do
+                if is_last:
+                    fill.finish()
+                del fill
             else:
                 return
             del check, piece

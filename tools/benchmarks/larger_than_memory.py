@@ -104,6 +104,8 @@ def _plan(place: Place) -> Plan:
         f"{passes} passes; times are those after the first.",
         "The limit is a memory control group for the whole process, python, torch and the "
         "peer's imports included: see the column of what they take before opening.",
+        f"{ways.PLAIN.capitalize()}: all of it in memory, without a limit. No pass is shorter than "
+        "that, nor than the raw device takes for what is read in it.",
         f"With max_memory: the limit less what python takes and {_SPARED_BYTES >> 20} MiB.",
         "Kept: what of the model's files is in the page cache at the end of a pass, and the "
         "anonymous memory gained since before opening.",
@@ -118,7 +120,18 @@ def _plan(place: Place) -> Plan:
             "raw_device:read",
             {"paths": [str(path) for path in checkpoint.files]},
             cold=[] if place.scale == "tiny" else checkpoint.files,
-        )
+        ),
+        Arm(
+            ways.PLAIN,
+            "larger_than_memory:measure",
+            {
+                "label": ways.PLAIN,
+                "folder": str(checkpoint.folder),
+                "passes": passes,
+                "reference": reference,
+                "limit_bytes": 2 * size_bytes,
+            },
+        ),
     ]
     for factor in _FACTORS:
         labels = [ways.OURS, ways.OURS_BUDGET, ways.CT_DISK]
@@ -160,9 +173,9 @@ def _judge(results: Results) -> list[Outcome]:
     found = []
     raw = [Key(raw_device.READ_LABEL, "bytes_per_second")]
     size = Key(raw_device.READ_LABEL, "moved_bytes")
-    for at in sizes(results, "pass_seconds"):
+    for at in filter(None, sizes(results, "pass_seconds")):
         for label in (ways.OURS, ways.OURS_BUDGET):
-            found += _judge_one(results, label, at or 0.0, raw, size)
+            found += _judge_one(results, label, at, raw, size)
     return found
 
 
@@ -195,9 +208,9 @@ def _of_what_was_not_kept(read_bytes: float, kept_bytes: float, size_bytes: floa
 
 def _panels(results: Results) -> list[Panel]:
     found = []
-    for at in sizes(results, "pass_seconds"):
+    for at in filter(None, sizes(results, "pass_seconds")):
         for metric, title in (("pass_seconds", "A pass"), ("read_bytes", "Read in a pass")):
-            found.append(Panel(f"{title}, {_at_words(at or 0)}", metric, bars(results, metric, at)))
+            found.append(Panel(f"{title}, {_at_words(at)}", metric, bars(results, metric, at)))
     return found
 
 
