@@ -2,7 +2,9 @@
 
 ``json.loads`` of a hostile text takes up to 40 bytes of memory for each of its bytes
 (``[[[],[]],...``), all at once. Here a large table is read entry by entry: the caller keeps
-what it makes of each, and one that is longer than the caller allows is refused.
+what it makes of each, and one that is longer than the caller allows is refused. Of short ones,
+as many are decoded at a stroke as lie in a piece of the text; one by one takes three times as
+long.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import reprlib
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
@@ -25,6 +28,7 @@ _CUT_CHARACTERS = 4
 _MAX_DIGITS = 4300
 _SPACE = re.compile(r"[ \t\n\r]*")
 _SPACE_TO_THE_END = re.compile(rb"[ \t\n\r]*\Z")
+_NOT_DECODED = object()
 _brief = reprlib.Repr()
 _brief.maxstring = 160
 
@@ -49,9 +53,9 @@ class JsonReader:
     def __init__(self, raw: bytes | bytearray, refuse: Callable[[str], NoReturn]) -> None:
         self._raw = raw
         self._refuse = refuse
-        self._decoder = json.JSONDecoder(
-            object_pairs_hook=self._unique, parse_constant=self._no_number, parse_int=short_int
-        )
+        self._decoder = self._decoder_with(short_int)
+        self._quick_decoder = self._decoder_with(int if _int_is_short() else short_int)
+        self._decoded: Any = _NOT_DECODED  # what comes next, if that is done already
         self._text = ""  # a piece of the text, decoded,
         self._at = 0  # how many characters of it are done,
         self._begin = 0  # and which bytes it is
@@ -59,16 +63,26 @@ class JsonReader:
         self._asked_bytes = 0  # which may be more, for a character is not taken apart
         self._is_last = False  # whether it goes to the end of the text;
         self._sure = 0  # a value that ends before this character ends there
+        self._is_plain = True  # and no attempt to decode its entries at a stroke has failed
         self._refill(_PIECE_BYTES)
+
+    def _decoder_with(self, parse_int: Callable[[str], int]) -> json.JSONDecoder:
+        return json.JSONDecoder(
+            object_pairs_hook=self._unique, parse_constant=self._no_number, parse_int=parse_int
+        )
 
     def table(self, read: Callable[[str], T]) -> dict[str, T]:
         """Read a table; ``read`` is given each key and reads its value from this reader."""
         made: dict[str, T] = {}
+        if self._decoded is not _NOT_DECODED:
+            self._read_each(self._take_decoded(), read, made)
+            return made
         self._expect("{")
         if self._peek() == "}":
             self._at += 1
             return made
         while True:
+            self._read_each(self._entries_ahead(), read, made)
             if self._peek() != '"':
                 self._refuse_json("expecting a key", self._at)
             key = self._decode(_MAX_KEY_BYTES)
@@ -83,12 +97,54 @@ class JsonReader:
 
     def at_table(self) -> bool:
         """Tell whether a table comes next."""
+        if self._decoded is not _NOT_DECODED:
+            return isinstance(self._decoded, dict)
         return self._peek() == "{"
 
     def value(self, most_bytes: int) -> Any:
         """Read a value whole, which may take so many bytes of the text (at least 64 KiB)."""
+        if self._decoded is not _NOT_DECODED:
+            return self._take_decoded()
         self._peek()
         return self._decode(most_bytes)
+
+    def _take_decoded(self) -> Any:
+        value, self._decoded = self._decoded, _NOT_DECODED
+        return value
+
+    def _read_each(
+        self, entries: dict[str, Any], read: Callable[[str], T], made: dict[str, T]
+    ) -> None:
+        for key, value in entries.items():
+            if key in made:
+                self._refuse_twice(key)
+            self._decoded = value
+            made[key] = read(key)
+        self._decoded = _NOT_DECODED
+
+    def _entries_ahead(self) -> dict[str, Any]:
+        """Decode the entries of a table that lie whole in this piece, but for the last, and pass.
+
+        None if the comma after them is not plain to see, or anything is wrong with them: who
+        reads entries one by one finds out what, and where.
+        """
+        if not self._is_plain:
+            return {}
+        stop = self._at + _PIECE_BYTES  # the piece may have grown for one long value
+        last = self._text.rfind("},", self._at, stop)
+        if last < 0:
+            last = self._text.rfind('",', self._at, stop)
+        text = "{" + self._text[self._at : last + 1] + "}"
+        try:
+            entries, end = self._quick_decoder.raw_decode(text)
+        except (ValueError, RecursionError):
+            end = 0
+        if last < 0 or end < len(text):  # or the table ends before
+            self._is_plain = False
+            return {}
+        self._at = last + 2
+        found: dict[str, Any] = entries
+        return found
 
     def _decode(self, most_bytes: int) -> Any:
         while True:
@@ -128,6 +184,7 @@ class JsonReader:
             if self._end < len(self._raw) and self._raw[self._end] & 0xC0 == 0x80:
                 self._end -= 1
         self._at = 0
+        self._is_plain = True
         try:
             self._text = self._raw[self._begin : self._end].decode("utf-8")
         except UnicodeDecodeError as error:
@@ -177,6 +234,12 @@ class JsonReader:
 
 class _TooManyDigitsError(ValueError):
     """A number so long that only reading it would take minutes."""
+
+
+def _int_is_short() -> bool:
+    """Whether Python's own conversion refuses as many digits; 3.10.6 does not, or on request."""
+    bound = getattr(sys, "get_int_max_str_digits", None)
+    return bound is not None and 0 < bound() <= _MAX_DIGITS
 
 
 def short_int(digits: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 from math import ceil
 from typing import Protocol
@@ -109,7 +108,7 @@ class PackedPieces:
         """Read the packed bytes of some chunks, and decode them into the buffer."""
         stored = self._stored
         begin = stored.chunk(start).offset
-        spec = replace(stored.spec, offset=begin, nbytes=sum(stored.chunks[start:stop]))
+        spec = stored.spec._replace(offset=begin, nbytes=sum(stored.chunks[start:stop]))
         staging = hand.staging(buffer_bytes(spec))
         stored.shard.read_past_cache(spec, 0, spec.nbytes, staging)
         packed = staging.view(begin % BLOCK_BYTES, spec.nbytes)

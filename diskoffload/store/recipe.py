@@ -8,14 +8,13 @@ and, read backwards, gives the stored tensors again at save.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 Region = tuple[slice | int, ...]
 """An index of basic slices and integers; ``()`` is the whole tensor."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """One stored tensor's part in a model's tensor.
 
     It states ``model_tensor[target] == source_tensor[region].permute(permutation)``.
@@ -38,8 +37,7 @@ class Piece:
         return not self.target and not self.region and self.permutation is None
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
+class Recipe(NamedTuple):
     """The pieces that tile one model tensor exactly, each element by one piece."""
 
     pieces: tuple[Piece, ...]
