@@ -27,7 +27,18 @@ class _Pauses:
         with self._lock:
             self._count -= 1
             if not self._count and self._was_enabled:
+                self._count_as_old()
                 gc.enable()
+
+    @staticmethod
+    def _count_as_old() -> None:
+        """Have what was made meanwhile looked through with all that is old, not by itself first.
+
+        All of it is to stay. What somebody has frozen would be thawed with it.
+        """
+        if not gc.get_freeze_count():
+            gc.freeze()
+            gc.unfreeze()
 
 
 _pauses = _Pauses()
