@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, ItemsView, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Hashable, ItemsView, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, TypeVar
+from types import MemberDescriptorType
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -53,12 +54,25 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
         traced: what compiled code reads, and thereby keeps in memory; see ``cache.tracing``.
     """
 
+    # A model has thousands, of which half stay empty: slots take half of the time and memory.
+    __slots__ = (
+        "__weakref__",
+        "_held",
+        "_published",
+        "born",
+        "name",
+        "onload_device",
+        "residency",
+        "traced",
+    )
+
     offload_device: torch.device | str
     onload_device: torch.device
     residency: Residency
     name: str
     born: dict[Any, tuple[torch.dtype, tuple[int, ...]]]
     traced: dict[Any, torch.Tensor | None]
+    _options: ClassVar[tuple[tuple[Callable[..., Any], Callable[..., None]], ...]]
     _held: dict[Any, Held | None]
     _published: dict[Any, torch.Tensor | None]
 
@@ -90,6 +104,12 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
 
     def __init_subclass__(cls, *, kind: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls._options = tuple(
+            (found.__get__, found.__set__)
+            for base in cls.__mro__
+            for name, found in vars(base).items()
+            if isinstance(found, MemberDescriptorType) and name not in _OWN
+        )
         tracing.keep_dynamo_out(cls)
         if kind is not None:
             _classes[kind] = cls
@@ -146,35 +166,28 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
         Raises:
             InvalidInputError: no such device, not on this machine, or not this class's.
         """
-        # At one stroke: a model has thousands, and our own __setattr__ is slow.
-        self.__dict__.update(
-            _held={},
-            _published={},
-            residency=residency or default_residency,
-            onload_device=usable_device(onload_device),
-            name=name,
-            born={},
-            traced={},
-        )
+        self.name = name
+        for put in _put_tables:
+            put(self, {})
+        self.residency = residency or default_residency
+        object.__setattr__(self, "onload_device", usable_device(onload_device))
         if offload_device is not None:
             self._check_offload_device(offload_device)
 
     def like(self: _Cache, name: str) -> _Cache:
         """Give an empty cache for the module of that name, which offloads as this one does.
 
-        It costs half of what the constructor does, and a model has thousands.
+        It costs a fifth of what the constructor does, and a model has thousands.
         """
         made: _Cache = object.__new__(type(self))
-        own: dict[str, Any] = {
-            "_held": {},
-            "_published": {},
-            "name": name,
-            "born": {},
-            "traced": {},
-        }
-        # One by one: instances of a class then share their dictionaries' keys.
-        for attribute, value in self.__dict__.items():
-            object.__setattr__(made, attribute, own.get(attribute, value))
+        # By the slots themselves: our own __setattr__ would take most of the time.
+        _put_name(made, name)
+        for put in _put_tables:
+            put(made, {})
+        for option, put_option in self._options:
+            put_option(made, option(self))
+        if type(self).__dictoffset__:  # a class that somebody derived
+            made.__dict__.update(self.__dict__)
         return made
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -316,11 +329,12 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
 
     def __del__(self) -> None:
         # A tie's entry outlives this cache, and would keep the tensors beside it.
-        published = self.__dict__.get("_published")
-        if published is not None:
-            for held in self._held.values():
-                if held is not None:
-                    held.unbind_all(published)
+        published = getattr(self, "_published", None)
+        if published is None:
+            return  # it was never finished
+        for held in self._held.values():
+            if held is not None:
+                held.unbind_all(published)
 
     def __repr__(self) -> str:
         return (
@@ -394,6 +408,21 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
         self._drop(key, self._held.get(key))
         self._show(key, held)
 
+    def bind_all_lazily(self, entries: Mapping[Any, Held | None]) -> None:
+        """Show entries whose objects are made at their first read, in a cache that has none yet."""
+        if not entries:
+            return
+        tracing.caches_shown.add(self)
+        for key, held in entries.items():
+            self._held[key] = held
+            if held is None:
+                self._published[key] = None
+                continue
+            assert held.backing is not None  # or it would have no value
+            self.born[key] = held.backing.layout
+            held.bind(Showing(self._published, key, self.onload_device))
+            self.residency.expect(held)
+
     def _read(self, key: Any) -> torch.Tensor | None:
         with self.residency.lock:  # else another thread may replace the entry meanwhile
             held = self._held[key]
@@ -439,13 +468,13 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
 
     def _show_none(self, key: Any) -> None:
         if not self._held:
-            tracing.register(self)
+            tracing.caches_shown.add(self)
         self._held[key] = self._published[key] = None
 
     def _show(self, key: Any, held: Held) -> None:
         with self.residency.lock:
             if not self._held:
-                tracing.register(self)  # not before: half of a model's caches stay empty
+                tracing.caches_shown.add(self)  # not before: half of a model's caches stay empty
             self._held[key] = held
             held.bind(Showing(self._published, key, self.onload_device))
             self.residency.expect(held)
@@ -467,6 +496,13 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
             )
         return held
 
+
+# What a cache has of its own; the other slots are how it offloads.
+_TABLES = ("_held", "_published", "born", "traced")
+_OWN = frozenset((*_TABLES, "name", "__weakref__"))
+_slots: Any = OffloadCache
+_put_name = _slots.name.__set__
+_put_tables = [getattr(_slots, name).__set__ for name in _TABLES]
 
 tracing.keep_dynamo_out(OffloadCache, but=("__getitem__", "__contains__", "__iter__", "__len__"))
 

@@ -12,6 +12,8 @@ from diskoffload.residency.resident import Residency
 class DeviceCache(RamCache, kind="*"):
     """Offloads to an accelerator, usually the one that onloads: nothing moves at a read."""
 
+    __slots__ = ("offload_device",)
+
     def __init__(
         self,
         onload_device: Device,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ class DiskCache(OffloadCache, kind="disk"):
         offload_dir: the folder that offloaded tensors are written to.
         compression: what was chosen for what is written.
     """
+
+    __slots__ = ("compression", "folder")
 
     offload_device = "disk"
     compression: Compression
@@ -75,7 +78,8 @@ class DiskCache(OffloadCache, kind="disk"):
         """
         super().__init__(onload_device, offload_device, name=name, residency=residency)
         check_compression(compression)
-        self.__dict__.update(compression=compression, folder=open_folders.at(offload_dir))
+        self.compression = compression
+        self.folder = open_folders.at(offload_dir)
 
     @property
     def offload_dir(self) -> Path:
@@ -174,25 +178,26 @@ class DiskCache(OffloadCache, kind="disk"):
                 _log.warning("could not give back space in %s: %s", self.folder.path, error)
         return held
 
-    def is_made_with(self, onload_device: torch.device, **options: Any) -> bool:
+    def is_made_with(self, onload_device: torch.device, options: Mapping[str, Any]) -> bool:
         """Whether a new cache made with these options would hold every entry just as this does.
 
         Args:
             onload_device: where it should bring tensors.
-            **options: as for the constructor, ``offload_dir`` as a folder.
+            options: all the others of the constructor, ``offload_dir`` as a folder.
         """
-        mine = {
-            "offload_dir": self.folder,
-            "compression": self.compression,
-            "name": self.name,
-            "residency": self.residency,
-        }
-        if onload_device != self.onload_device or options != mine:
+        if (
+            len(options) != 4
+            or onload_device != self.onload_device
+            or options["name"] != self.name
+            or options["offload_dir"] is not self.folder
+            or options["residency"] is not self.residency
+            or options["compression"] != self.compression
+        ):
             return False
-        return all(held is None or self._is_based_here(held.root) for held in self._held.values())
+        return all(held is None or self._is_based_here(held) for held in self._held.values())
 
     def _is_based_here(self, held: Held) -> bool:
-        backing = held.backing
+        backing = held.root.backing
         return backing is None or (
             isinstance(backing, DiskBacking)
             and backing.folder is self.folder

@@ -72,6 +72,8 @@ class RamBacking:
 class RamCache(OffloadCache):
     """Offloads to the memory of a device, the CPU included."""
 
+    __slots__ = ()
+
     def onload(self, offloaded: torch.Tensor | None) -> torch.Tensor | None:
         """Give the tensor on the onload device."""
         if offloaded is None:

@@ -47,6 +47,7 @@ from diskoffload.errors import OffloadError, UnsupportedError
 from diskoffload.residency.held import Held, State
 from diskoffload.residency.objects import uses_of
 from diskoffload.residency.resident import Residency
+from diskoffload.residency.weak_list import WeakList
 
 if TYPE_CHECKING:
     from diskoffload.cache.base import OffloadCache
@@ -160,7 +161,7 @@ def keep(cache: OffloadCache) -> None:
         make = _make_of(cache)
         alike = [
             other
-            for other in list(_caches.values())
+            for other in caches_shown
             if other is not cache
             and other.residency is residency
             and _make_of(other) == make
@@ -193,18 +194,13 @@ def release_traced(module: torch.nn.Module) -> None:
     """
     for part in module.modules():
         for mapping in (part._parameters, part._buffers):
-            cache = _caches.get(id(mapping))
-            if cache is not None and cache.traced:
+            cache: Any = mapping
+            if getattr(cache, "traced", None):
                 with cache.residency.lock:
                     cache.traced.clear()
                     for _, held in _entries(cache):
                         if held is not None:
                             cache.residency.release(held)
-
-
-def register(cache: OffloadCache) -> None:
-    """Let a cache be found by those alike."""
-    _caches[id(cache)] = cache
 
 
 def _entries(cache: OffloadCache) -> list[tuple[Any, Held | None]]:
@@ -287,7 +283,9 @@ def _warn_if_over_budget(residency: Residency) -> None:
         )
 
 
-_caches: weakref.WeakValueDictionary[int, OffloadCache] = weakref.WeakValueDictionary()
+caches_shown: WeakList[OffloadCache] = WeakList()
+"""Those that have entries, or had: so that a cache finds those alike."""
+
 _warned: weakref.WeakSet[Residency] = weakref.WeakSet()
 
 for _cls in (Held, Residency):

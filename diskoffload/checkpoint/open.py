@@ -16,6 +16,7 @@ from diskoffload.cache.disk import DiskCache
 from diskoffload.cache.disk_backing import DiskBacking
 from diskoffload.cache.ram import RamBacking
 from diskoffload.checkpoint.converted import Converted, convert_all
+from diskoffload.checkpoint.slots import Slots
 from diskoffload.checkpoint.source import Checkpoint
 from diskoffload.dispatch import dispatch_model
 from diskoffload.errors import (
@@ -139,12 +140,12 @@ def open_checkpoint(
         checkpoint = Checkpoint(path)
         if model is None:
             model = build_meta_model(checkpoint.folder, dtype=dtype)
-            found = _transformers_recipes(model, checkpoint)
+            found, slots = _transformers_recipes(model, checkpoint)
         else:
             _check_plain(model)
             if dtype is not None:
                 model.to(dtype)  # on the meta device this moves nothing
-            found = _recipes(model, checkpoint)
+            found, slots = _recipes(model, checkpoint)
         _refuse_misfits(checkpoint, found)
     budgets = {"cpu": max_memory} if isinstance(max_memory, (int, str)) else dict(max_memory or {})
     ram = budgets.get("cpu")
@@ -155,7 +156,7 @@ def open_checkpoint(
     )
     converted = convert_all(model, checkpoint, found.conversions, folder, compression)
     with collector_paused():
-        _bind(model, checkpoint, found, converted, options)
+        _bind(model, slots, checkpoint, found, converted, options)
     _log.info(
         "opened %s: %d tensors, %s in %d shards, mapped where they lie; copies in RAM: %s; "
         "changes go to %s",
@@ -208,19 +209,20 @@ class _CacheOptions:
 
 
 def _check_plain(model: torch.nn.Module) -> None:
-    modules = list(model.named_modules())
-    offloaded = [name for name, module in modules if is_offloaded(module)]
+    offloaded: list[str] = []
+    real: list[str] = []
+    for prefix, module in model.named_modules():
+        if is_offloaded(module):
+            offloaded.append(prefix)
+            continue
+        for key, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                real.append(f"{prefix}.{key}" if prefix else key)
     if offloaded:
         raise AlreadyOffloadedError(
             f"{len(offloaded)} modules of the model are offloaded already, {offloaded[0]!r} among "
             "them; give a model built on the meta device (with torch.device('meta'): ...)"
         )
-    real = [
-        f"{prefix}.{key}" if prefix else key
-        for prefix, module in modules
-        for key, parameter in module._parameters.items()
-        if parameter is not None and not parameter.is_meta
-    ]
     if real:
         raise InvalidInputError(
             f"{len(real)} parameters of the model have values already, {real[0]!r} among them; "
@@ -228,7 +230,10 @@ def _check_plain(model: torch.nn.Module) -> None:
         )
 
 
-def _transformers_recipes(model: torch.nn.Module, checkpoint: Checkpoint) -> RecipeSet:
+def _transformers_recipes(
+    model: torch.nn.Module, checkpoint: Checkpoint
+) -> tuple[RecipeSet, Slots]:
+    """Tell what fills the model's tensors, and list them as they are once ties are decided."""
     found = tensor_recipes(model, checkpoint.tensors)
     for name, duplicate in found.duplicates.items():
         first = _stored(found.recipes[found.ties[name]], checkpoint, None, ())
@@ -238,7 +243,7 @@ def _transformers_recipes(model: torch.nn.Module, checkpoint: Checkpoint) -> Rec
             found.recipes[name] = duplicate
     if found.to_compute:
         compute_tensors(model, found.to_compute)
-    return found
+    return found, Slots(model)
 
 
 def _same_value(first: Stored, second: Stored) -> bool:
@@ -249,7 +254,7 @@ def _same_value(first: Stored, second: Stored) -> bool:
     return torch.equal(*loaded)
 
 
-def _recipes(model: torch.nn.Module, checkpoint: Checkpoint) -> RecipeSet:
+def _recipes(model: torch.nn.Module, checkpoint: Checkpoint) -> tuple[RecipeSet, Slots]:
     # Asking transformers takes seconds, and who has not imported it has no model of its.
     if "transformers" in sys.modules:
         try:
@@ -260,30 +265,29 @@ def _recipes(model: torch.nn.Module, checkpoint: Checkpoint) -> RecipeSet:
     return _recipes_by_name(model, checkpoint)
 
 
-def _recipes_by_name(model: torch.nn.Module, checkpoint: Checkpoint) -> RecipeSet:
+def _recipes_by_name(model: torch.nn.Module, checkpoint: Checkpoint) -> tuple[RecipeSet, Slots]:
     """Match equal names; of a tie, any name will do."""
     found = RecipeSet()
-    tensors = model.state_dict(keep_vars=True)
-    names_of: dict[int, list[str]] = {}
+    slots = Slots(model)
+    tensors, stored = slots.tensors, checkpoint.tensors
+    filled: set[int] = set()
     for name, tensor in tensors.items():
-        names_of.setdefault(id(tensor), []).append(name)
-    used: set[str] = set()
-    for names in names_of.values():
-        tensor = tensors[names[0]]
-        there = [name for name in names if name in checkpoint.tensors]
-        used.update(there)
-        if there:
-            shape = tuple(checkpoint.tensors[there[0]].shape)
-            if shape != tuple(tensor.shape):
-                found.mismatched.append(ShapeMismatch(there[0], tuple(tensor.shape), shape))
-            found.recipes[there[0]] = Recipe.whole(there[0])
-        elif tensor.is_meta:
-            found.missing.append(names[0])
-    for name, tensor in model.named_buffers():
-        if name not in tensors and tensor.is_meta:
+        if name not in stored or id(tensor) in filled:
+            continue
+        filled.add(id(tensor))
+        shape = stored[name].shape
+        if shape != tensor.shape:
+            found.mismatched.append(ShapeMismatch(name, tuple(tensor.shape), tuple(shape)))
+        found.recipes[name] = Recipe.whole(name)
+    for name, tensor in tensors.items():
+        if id(tensor) not in filled and tensor.is_meta:
+            filled.add(id(tensor))  # of a tie only the first is named
+            found.missing.append(name)
+    for name, tensor in slots.unsaved_buffers():
+        if tensor.is_meta:
             found.missing.append(f"{name} (a buffer that no checkpoint has: build it on the CPU)")
-    found.unexpected = [name for name in checkpoint.tensors if name not in used]
-    return found
+    found.unexpected = [name for name in stored if name not in tensors]
+    return found, slots
 
 
 def _refuse_misfits(checkpoint: Checkpoint, found: RecipeSet) -> None:
@@ -321,54 +325,47 @@ def _stored(
 
 def _bind(
     model: torch.nn.Module,
+    slots: Slots,
     checkpoint: Checkpoint,
     found: RecipeSet,
     converted: Sequence[Converted],
     options: _CacheOptions,
 ) -> None:
     names: dict[int, str] = {}
-    tensors = model.state_dict(keep_vars=True)
+    tensors = slots.tensors
     computed = {name: stored for group in converted for name, stored in group.tensors.items()}
     for name in [*found.recipes, *computed]:
         names.setdefault(id(tensors[name]), name)
     made: dict[int, Held] = {}
 
-    def held_for(tensor: torch.Tensor, full_name: str) -> Held:
-        known = made.get(id(tensor))
-        if known is not None:
-            return known
+    def entry(full_name: str, tensor: torch.Tensor) -> Held:
         name = names.get(id(tensor))
         if name is None:
             # A table that no checkpoint has: small, real, and nobody's file.
             held = Held(full_name, RamBacking(tensor), tensor=tensor, state=State.VACANT)
             held.lay(tensor, State.BENEATH)
-        else:
-            shape = tuple(tensor.shape)
-            stored = computed.get(name) or _stored(
-                found.recipes[name], checkpoint, tensor.dtype, shape
-            )
-            backing = DiskBacking(options.folder, options.compression, stored, align=options.align)
-            template = tensor if tensor.is_meta else object_like(tensor, tensor.to("meta"))
-            held = Held(name, backing, template=template)
-        made[id(tensor)] = held
-        return held
+            return held
+        shape = tuple(tensor.shape)
+        stored = computed.get(name) or _stored(found.recipes[name], checkpoint, tensor.dtype, shape)
+        backing = DiskBacking(options.folder, options.compression, stored, align=options.align)
+        template = tensor if tensor.is_meta else object_like(tensor, tensor.to("meta"))
+        return Held(name, backing, template=template)
 
     empty = options.cache("")
-    for prefix, module in list(model.named_modules()):
+    for prefix, module in slots.modules:
         caches = []
         for mapping in (module._parameters, module._buffers):
-            cache = empty.like(prefix)
+            entries: dict[str, Held | None] = dict.fromkeys(mapping)
             for key, tensor in mapping.items():
-                if tensor is None:
-                    cache[key] = None
-                else:
-                    held = held_for(tensor, f"{prefix}.{key}" if prefix else key)
-                    cache.bind_lazily(key, held)
-                    assert held.backing is not None  # it was just made with one
-                    cache.born[key] = held.backing.layout
-            caches.append(cache)
+                if tensor is not None:
+                    held = made.get(id(tensor))
+                    if held is None:
+                        held = made[id(tensor)] = entry(
+                            f"{prefix}.{key}" if prefix else key, tensor
+                        )
+                    entries[key] = held
+            caches.append(empty.like(prefix))
+            caches[-1].bind_all_lazily(entries)
         attach_caches(module, *caches)
-    shapes = {name: tuple(tensors[name].shape) for name in found.recipes}
-    model.__dict__[_BINDING] = Binding(
-        checkpoint, dict(found.recipes), shapes, converted, options.dtype
-    )
+    shapes = {name: tensors[name].shape for name in found.recipes}
+    model.__dict__[_BINDING] = Binding(checkpoint, found.recipes, shapes, converted, options.dtype)

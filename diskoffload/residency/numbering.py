@@ -6,9 +6,7 @@ import weakref
 from collections.abc import Iterator
 
 from diskoffload.residency.held import Held
-
-# Of entries that were shown and are not numbered yet, those that are gone are let go from here on.
-_LEAST_LOOK = 1024
+from diskoffload.residency.weak_list import WeakList
 
 
 class Numbering:
@@ -18,20 +16,14 @@ class Numbering:
     """
 
     def __init__(self) -> None:
-        self._shown: list[weakref.ref[Held]] = []
-        self._look_at = _LEAST_LOOK
+        self._shown: WeakList[Held] = WeakList()
         self._numbers: weakref.WeakKeyDictionary[Held, int] = weakref.WeakKeyDictionary()
         self._by_number: weakref.WeakValueDictionary[int, Held] = weakref.WeakValueDictionary()
         self._next = 0
 
     def show(self, held: Held) -> None:
         """Note that a module shows an entry."""
-        self._shown.append(weakref.ref(held))
-        if len(self._shown) >= self._look_at:
-            # By identity: a reference to what is gone has no hash.
-            live = {id(one): ref for ref in self._shown if (one := ref()) is not None}
-            self._shown = list(live.values())
-            self._look_at = 2 * len(self._shown) + _LEAST_LOOK
+        self._shown.add(held)
 
     def number(self, held: Held) -> int:
         """Give an entry's number; one that was never shown gets the next."""
@@ -64,8 +56,5 @@ class Numbering:
         return found
 
     def _settle(self) -> None:
-        shown, self._shown = self._shown, []
-        for ref in shown:
-            held = ref()
-            if held is not None:
-                self._number(held)
+        for held in self._shown.take():
+            self._number(held)

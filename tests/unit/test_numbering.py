@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 
-from diskoffload.residency import numbering
+from diskoffload.residency import weak_list
 from diskoffload.residency.held import Held
 from diskoffload.residency.numbering import Numbering
 
@@ -25,9 +25,9 @@ def test_numbers_follow_the_order_of_showing() -> None:
 
 def test_what_is_shown_again_and_again_or_gone_is_not_listed_for_ever() -> None:
     found, kept = Numbering(), Held("kept", None)
-    for _ in range(10 * numbering._LEAST_LOOK):
+    for _ in range(10 * weak_list._LEAST_LOOK):
         found.show(kept)
         found.show(Held("gone", None))
     gc.collect()
-    assert len(found._shown) <= 4 * numbering._LEAST_LOOK
+    assert len(found._shown) <= 4 * weak_list._LEAST_LOOK
     assert list(found) == [kept]
