@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diskoffload.store.direct_writes import STEP_BYTES
 from diskoffload.store.partial_file import PartialFile, partial_path
 from diskoffload.system.files import Files
 
 
 class AppendedFile:
-    """A file that takes bytes at its end, in steps that suit the disk.
+    """A file that takes bytes at its end.
 
     It has its name only when it is published; until then ``.partial`` follows it, and it is as
     long as it may become. Not thread-safe.
@@ -45,8 +44,6 @@ class AppendedFile:
         else:
             fd = files.open_for_writing(partial)
         self._file = PartialFile(path, files, fd, most_bytes)
-        self._step = memoryview(bytearray(min(STEP_BYTES, max(1, most_bytes - self.end))))
-        self._waiting_bytes = 0
         try:
             files.set_size(fd, most_bytes, partial)
         except BaseException:
@@ -59,27 +56,11 @@ class AppendedFile:
         Raises:
             StorageError: bytes cannot be written, these or earlier ones.
         """
-        done = 0
-        while done < len(data):
-            # A step ends where one of the file does, so that what follows can go directly.
-            begin = self.end - self._waiting_bytes
-            room = min(len(self._step), STEP_BYTES - begin % STEP_BYTES) - self._waiting_bytes
-            part = data[done : done + room]
-            self._step[self._waiting_bytes : self._waiting_bytes + len(part)] = part
-            self._waiting_bytes += len(part)
-            self.end += len(part)
-            done += len(part)
-            if len(part) == room:
-                self._write_waiting()
-
-    def _write_waiting(self) -> None:
-        waiting, self._waiting_bytes = self._waiting_bytes, 0
-        if waiting:
-            self._file.write(self._step[:waiting].toreadonly(), self.end - waiting)
+        self._file.write(data, self.end)
+        self.end += len(data)
 
     def sync(self) -> None:
         """Make all that was appended durable; raises as :meth:`PartialFile.sync` does."""
-        self._write_waiting()
         self._file.sync()
 
     def publish(self, head: bytes) -> None:
@@ -88,9 +69,8 @@ class AppendedFile:
         Raises:
             StorageError: the system refuses; the file is still there to :meth:`leave`.
         """
-        self._write_waiting()
-        self._file.put(memoryview(head), 0)
         self._file.end_direct()
+        self._file.put(memoryview(head), 0)
         self._files.set_size(self._file.fd, self.end, self._file.partial)
         self._file.publish(durable=True)
 

@@ -16,6 +16,7 @@ import xxhash
 from diskoffload.errors import StorageError
 from diskoffload.store.direct_writes import STEP_BYTES, DirectWrites
 from diskoffload.system.files import BLOCK_BYTES, Files
+from diskoffload.system.memory import Memory, copy_bytes
 
 _WRITE_STEP_BYTES = 8 << 20
 _WRITE_BEHIND_BYTES = 64 << 20
@@ -54,8 +55,14 @@ class PartialFile:
         self.partial = partial_path(path)
         self.fd = fd
         self._files = files
-        self._step = bytearray()
         self._size_bytes = size_bytes
+        # What waits to be written: it ends at ``_end`` in the file, and begins at ``_first`` in
+        # the step, which is a buffer of direct writes or ``_copies``.
+        self._end = -1
+        self._waiting_bytes = self._first = 0
+        self._step: memoryview | None = None
+        self._buffer: Memory | None = None
+        self._copies = bytearray()
         self._since_flush_bytes = 0
         self._has_failed = False  # a write or sync: then it is not known what is in the file
         self._name_is_durable = False
@@ -88,39 +95,73 @@ class PartialFile:
     def write(self, data: memoryview, offset: int, digest: xxhash.xxh3_128 | None = None) -> None:
         """Write bytes; what is in the file agrees with the digest whoever changes them meanwhile.
 
-        Where blocks can go past the page cache the file must be long enough already.
+        They are copied, and wait until a step is full that follows on in the file, so that
+        thousands of small tensors take a few writes. :meth:`sync_data` and :meth:`publish` write
+        what waits. Where blocks can go past the page cache the file must be long enough already.
+
+        Raises:
+            StorageError: these bytes or earlier ones could not be written.
         """
+        if offset != self._end:
+            self._write_waiting()
+            self._end = offset
         begin = 0
         while begin < len(data):
-            at = offset + begin
-            direct_bytes = self._direct_bytes(at, len(data) - begin)
-            if direct_bytes:
-                assert self._direct is not None  # it was just used or begun
-                with self._noting_failure():  # perhaps of an earlier step
-                    step = self._direct.write(data[begin : begin + direct_bytes], at)
-                if digest is not None:
-                    digest.update(step)
-            else:
-                step = data[begin : begin + self._buffered_bytes(at, len(data) - begin)]
-                if not step.readonly:
-                    step = self._copied(step)
-                if digest is not None:
-                    digest.update(step)
-                self.put(step, at)
-            begin += len(step)
+            step = self._step or self._take_step()
+            place = self._first + self._waiting_bytes
+            part = step[place : place + len(data) - begin]
+            copy_bytes(data[begin : begin + len(part)], part)
+            if digest is not None:
+                digest.update(part)
+            self._waiting_bytes += len(part)
+            self._end += len(part)
+            begin += len(part)
+            if place + len(part) == len(step):
+                self._write_waiting()
 
-    def _direct_bytes(self, offset: int, nbytes: int) -> int:
-        """Tell how many of the next bytes are to be written past the page cache; 0 for none."""
-        if offset % BLOCK_BYTES or nbytes < _LEAST_DIRECT_BYTES or not self._goes_direct():
-            return 0
-        return min(nbytes // BLOCK_BYTES * BLOCK_BYTES, STEP_BYTES)
+    def _take_step(self) -> memoryview:
+        """Give room for what is to wait: blocks of the file begin where those of a buffer do."""
+        self._first = 0
+        if self._goes_direct():
+            assert self._direct is not None  # it was just begun
+            with self._noting_failure():  # perhaps of an earlier step
+                self._buffer = self._direct.take()
+            self._first = self._end % BLOCK_BYTES
+            step = self._buffer.view(0, STEP_BYTES)
+        else:
+            if not self._copies:
+                self._copies = bytearray(min(_WRITE_STEP_BYTES, max(self._size_bytes, 1)))
+            step = memoryview(self._copies)
+        self._step = step
+        return step
 
-    def _buffered_bytes(self, offset: int, nbytes: int) -> int:
-        """Tell how many to write through it: up to where a block begins, if that is then left."""
-        to_block_bytes = -offset % BLOCK_BYTES
-        if nbytes - to_block_bytes < _LEAST_DIRECT_BYTES or not self._goes_direct():
-            return _WRITE_STEP_BYTES
-        return to_block_bytes
+    def _write_waiting(self) -> None:
+        """Write what waits: whole blocks past the page cache, if there are enough of them."""
+        step, nbytes = self._step, self._waiting_bytes
+        if step is None or not nbytes:
+            return
+        buffer, direct = self._buffer, self._direct
+        self._step, self._buffer, self._waiting_bytes = None, None, 0
+        begin, end = self._first, self._first + nbytes
+        offset = self._end - end  # of the step's first byte in the file
+        first, last = begin, begin
+        if buffer is not None:
+            first = -(-begin // BLOCK_BYTES) * BLOCK_BYTES
+            last = max(first, end // BLOCK_BYTES * BLOCK_BYTES)
+            if last - first < _LEAST_DIRECT_BYTES:
+                first = last = begin
+        # Blocks of which this has a part only: other parts of them may come or be there.
+        for start, stop in ((begin, first), (last, end)):
+            if start < stop:
+                self.put(step[start:stop], offset + start)
+        if buffer is None:
+            return
+        assert direct is not None  # it gave the buffer
+        if first == last:
+            direct.give(buffer)
+            return
+        with self._noting_failure():
+            direct.write(buffer, first, last - first, offset + first)
 
     def _goes_direct(self) -> bool:
         if self._may_go_direct and self._direct is None:
@@ -131,7 +172,17 @@ class PartialFile:
         return self._may_go_direct
 
     def end_direct(self) -> None:
-        """Wait for what goes past the page cache; what follows goes through it."""
+        """Write what waits, and wait for what goes past the page cache; what follows goes through.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        try:
+            self._write_waiting()
+        finally:
+            self._end_direct()
+
+    def _end_direct(self) -> None:
         direct, self._direct, self._may_go_direct = self._direct, None, False
         if direct is not None:
             try:
@@ -139,13 +190,6 @@ class PartialFile:
                     direct.wait()
             finally:
                 direct.close()
-
-    def _copied(self, step: memoryview) -> memoryview:
-        if not self._step:
-            self._step = bytearray(min(_WRITE_STEP_BYTES, max(self._size_bytes, len(step))))
-        copy = memoryview(self._step)[: len(step)]
-        copy[:] = step
-        return copy
 
     def sync(self) -> None:
         """Make what was written so far durable, and that the file is there.
@@ -168,6 +212,7 @@ class PartialFile:
                 "could not sync the file: that failed before, or a write to it",
                 str(self.partial),
             )
+        self._write_waiting()
         with self._noting_failure():
             if self._direct is not None:
                 self._direct.wait()
@@ -197,17 +242,22 @@ class PartialFile:
             self._files.sync_folder(self.path.parent)
         return self.path
 
+    def _drop_waiting(self) -> None:
+        self._step, self._buffer, self._waiting_bytes = None, None, 0
+
     def leave(self) -> None:
-        """Close the file and leave it as it is."""
+        """Close the file and leave it as it is; what waits and was not synced is not in it."""
         fd, self.fd = self.fd, -1
+        self._drop_waiting()
         try:
-            self.end_direct()
+            self._end_direct()
         finally:
             if fd >= 0:
                 self._files.close(fd)
 
     def abandon(self) -> None:
         """Remove what was written, unless it was published."""
+        self._drop_waiting()
         direct, self._direct = self._direct, None
         fd, self.fd = self.fd, -1
         try:

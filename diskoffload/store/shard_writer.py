@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -44,6 +46,20 @@ def _plan(
 ) -> tuple[bytes, Header]:
     to_come = digests_to_come(name for name, _, _ in tensors)
     return build_header(tensors, {**(metadata or {}), DIGESTS_KEY: to_come}, fill=fill)
+
+
+def _with_digests(raw: bytes, header: Header, digests: Mapping[str, str]) -> tuple[bytes, Header]:
+    """Put the digests into a header where :func:`_plan` has left room for them."""
+    text = digests_as_text(header, digests)
+    # A key stands in quotes that are not escaped, so nothing else can look like it.
+    before, after = (
+        f"{json.dumps(DIGESTS_KEY)}:{json.dumps(one)}".encode("ascii")
+        for one in (header.metadata[DIGESTS_KEY], text)
+    )
+    assert len(before) == len(after)
+    assert raw.count(before) == 1
+    metadata = {**header.metadata, DIGESTS_KEY: text}
+    return raw.replace(before, after), replace(header, metadata=metadata)
 
 
 def _is_the_one(path: Path, header_bytes: int, wanted: Header, files: Files) -> bool:
@@ -100,7 +116,7 @@ class ShardWriter:
         # Refused before it is begun, though another process may take the room all the same.
         files.check_space(path.parent, header.file_bytes)
         partial = partial_path(path)
-        self._set_up(path, planned, fill, header, files, files.create(partial))
+        self._set_up(path, raw, header, files, files.create(partial))
         try:
             self._file.put(memoryview(raw), 0)
             files.set_size(self._file.fd, self.header.file_bytes, partial)
@@ -141,15 +157,14 @@ class ShardWriter:
             files.remove(partial)
             return cls(path, planned, files, metadata)
         made = cls.__new__(cls)
-        made._set_up(path, planned, False, header, files, files.open_for_writing(partial))
+        made._set_up(path, raw, header, files, files.open_for_writing(partial))
         made.digests.update({name: finished[name] for name in names})
         return made
 
     def _set_up(
         self,
         path: Path,
-        planned: list[Planned],
-        fill: bool,
+        raw: bytes,
         header: Header,
         files: Files,
         fd: int,
@@ -157,7 +172,7 @@ class ShardWriter:
         self.path = path
         self.header = header
         self.digests: dict[str, str] = {}
-        self._planned, self._fill = planned, fill
+        self._raw = raw
         self._begun: dict[str, tuple[int, xxhash.xxh3_128]] = {}
         self._files = files
         self._file = PartialFile(path, files, fd, header.file_bytes)
@@ -244,11 +259,10 @@ class ShardWriter:
                 f"cannot publish {self.path}: {len(missing)} of its tensors were not "
                 f"written, {missing[0]!r} among them"
             )
-        digests = {name: self.digests[name] for name, _, _ in self._planned}
-        metadata = {**self.header.metadata, DIGESTS_KEY: digests_as_text(self.header, digests)}
-        raw, header = build_header(self._planned, metadata, fill=self._fill)
-        assert header.data_offset == self.header.data_offset
-        self._file.put(memoryview(raw), 0)
+        digests = {name: self.digests[name] for name in names}
+        self._file.end_direct()  # else the header waits for what is being written
+        self._raw, self.header = _with_digests(self._raw, self.header, digests)
+        self._file.put(memoryview(self._raw), 0)
 
     def sync(self) -> None:
         """Make what was written so far durable, and that the file is there.

@@ -140,6 +140,7 @@ def write_beyond_the_limit(folder: Path, source: Path, how: str) -> list[object]
             limit_file_size(1 << 16)
             if how == "write":
                 writer.write("a", memoryview(bytes(1 << 17)))
+                writer.sync()  # until then it may wait
             else:
                 writer.copy("a", file.fileno(), 0)
         return ["no error"]
