@@ -59,6 +59,35 @@ class Shard:
             StorageError: it cannot be opened or read.
             DamagedFileError: it is not a valid safetensors file.
         """
+        self._open(path, files)
+        try:
+            self.header = self._read_header()
+        except BaseException:
+            self._close()  # an error that is kept for a while keeps this object with it
+            raise
+
+    @classmethod
+    def just_published(cls, writer: ShardWriter, files: Files) -> Shard:
+        """Open a file that was published now; what its header says is known, and not read.
+
+        Of thousands of tensors that would cost as much as writing them.
+
+        Raises:
+            StorageError: it cannot be opened.
+            DamagedFileError: it is not the file that was written.
+        """
+        made = cls.__new__(cls)
+        made._open(writer.path, files)
+        made.header, made.header_digest = writer.header, writer.header_digest
+        if made._identity[2] != made.header.file_bytes:
+            made._close()
+            raise DamagedFileError(
+                f"{made.path} was changed as soon as it was written: it has {made._identity[2]} "
+                f"bytes rather than {made.header.file_bytes}; leave the folder to this process"
+            )
+        return made
+
+    def _open(self, path: Path, files: Files) -> None:
         self.path = path
         self.owner: object = None
         self._files = files
@@ -71,9 +100,8 @@ class Shard:
         try:
             # Before the first byte is read, so that no change goes unnoticed.
             self._identity = files.identity(self._fd, path)
-            self.header = self._read_header()
         except BaseException:
-            self._close()  # an error that is kept for a while keeps this object with it
+            self._close()
             raise
 
     def _read_header(self) -> Header:

@@ -177,6 +177,11 @@ class ShardWriter:
         self._files = files
         self._file = PartialFile(path, files, fd, header.file_bytes)
 
+    @property
+    def header_digest(self) -> str:
+        """The xxh3-64 of the header's JSON as it is in the file, in hexadecimal."""
+        return xxhash.xxh3_64_hexdigest(memoryview(self._raw)[LENGTH_BYTES:])
+
     def __enter__(self) -> ShardWriter:
         return self
 

@@ -23,24 +23,39 @@ import xxhash
 from diskoffload.errors import UnsupportedTensorError
 from diskoffload.store.buffers import Buffers
 from diskoffload.store.codec import codec_named, element_bytes_of
-from diskoffload.store.encoded import ENCODING_KEY, encoding_of
-from diskoffload.store.header import DTYPE_NAMES, FILLER_PREFIX, METADATA_KEY, Planned
+from diskoffload.store.encoded import ENCODING_KEY, EncodedTensor, encoding_of
+from diskoffload.store.header import (
+    ALIGNMENT_BYTES,
+    DTYPE_NAMES,
+    FILLER_PREFIX,
+    METADATA_KEY,
+    Planned,
+    StoredSpec,
+)
 from diskoffload.store.packing import Packed, pack
 from diskoffload.store.shard import Shard
 from diskoffload.store.shard_writer import ShardWriter
-from diskoffload.store.stored import Stored, StridedTensor, stored_tensors
+from diskoffload.store.stored import ShardTensor, Stored, StridedTensor
 from diskoffload.system.files import Files
-from diskoffload.system.memory import elements_overlap, tensor_bytes
+from diskoffload.system.memory import (
+    borrowed_bytes,
+    elements_overlap,
+    is_laid_plainly,
+    tensor_bytes,
+)
 
 _GROUPS_ON_THEIR_WAY = 1
 # Of what is packed, groups are half as large: one is packed while the one before is written.
 _PACKED_GROUPS_ON_THEIR_WAY = 2
 # Tensors larger than a group count as what they are: then one waits for the other.
 _GROUPS_IN_MEMORY = 2
+_FILLING = memoryview(bytes(ALIGNMENT_BYTES))
 
 
 def digest_of(tensor: torch.Tensor) -> bytes:
     """Fingerprint a tensor's bytes with xxh3-128 (https://xxhash.com), row by row in order."""
+    if is_laid_plainly(tensor):
+        return xxhash.xxh3_128_digest(borrowed_bytes(tensor))
     return xxhash.xxh3_128_digest(tensor_bytes(_plain(tensor)))
 
 
@@ -248,22 +263,30 @@ class Writer:
             (key, item.dtype, item.shape) for key, item in zip(keys, items, strict=True)
         ]
         path = self._next_path()
+        by_key = dict(zip(keys, items, strict=True))
         with ShardWriter(path, planned, self._files, metadata, fill=True) as writer:
-            for key, item, ticket in zip(keys, items, group, strict=True):
+            # One after the other as they lie in the file: they share steps then.
+            for key, spec in writer.header.specs.items():
+                item = by_key.get(key)
+                if item is None:
+                    writer.write(key, _FILLING[: spec.nbytes])
+                    continue
                 item.write(writer, key)
                 item.release()
-                ticket.digest = item.digest or bytes.fromhex(writer.digests[key])
             writer.publish(durable=False)
         try:
-            shard = Shard(path, self._files)
-            written = stored_tensors(shard)
+            shard = Shard.just_published(writer, self._files)
+            values = [
+                item.stored_in(shard, shard.header.specs[key], writer.digests[key])
+                for key, item in by_key.items()
+            ]
         except BaseException:
             self._files.remove(path)  # nobody refers to it
             raise
         self._adopt(shard)
-        for key, item, ticket in zip(keys, items, group, strict=True):
-            value: Stored = written[key]
-            ticket.fulfil(StridedTensor(value, item.strides) if item.strides else value)
+        for key, item, ticket, value in zip(keys, items, group, values, strict=True):
+            ticket.digest = item.digest or bytes.fromhex(writer.digests[key])
+            ticket.fulfil(value)
         self.written_groups += 1
         self.written_bytes += shard.header.file_bytes
 
@@ -291,7 +314,8 @@ def _unique(names: list[str]) -> list[str]:
     last: dict[str, int] = {}  # where to go on: thousands may be called "weight"
     keys = []
     for name in names:
-        name = name.encode("utf-8", "backslashreplace").decode("utf-8")
+        if not name.isascii():
+            name = name.encode("utf-8", "backslashreplace").decode("utf-8")
         if name.startswith(FILLER_PREFIX):
             name = f"_{name}"
         key, number = name, last.get(name, 1)
@@ -321,7 +345,16 @@ class _Item:
             for chunk in self.packed.chunks:
                 writer.write_part(key, chunk)
         elif self.plain is not None:
-            writer.write(key, tensor_bytes(self.plain))
+            writer.write(key, borrowed_bytes(self.plain))
+
+    def stored_in(self, shard: Shard, spec: StoredSpec, digest: str) -> Stored:
+        """Give the value as it is in its file."""
+        value: Stored
+        if self.encoding is None:
+            value = ShardTensor(shard, spec, digest)
+        else:
+            value = EncodedTensor(shard, spec, self.encoding, digest)
+        return value if self.strides is None else StridedTensor(value, self.strides)
 
     def release(self) -> None:
         if self.packed is not None:
@@ -331,6 +364,8 @@ class _Item:
 def _prepare(ticket: Ticket, spare: Buffers) -> _Item:
     tensor = ticket.tensor
     assert tensor is not None  # it is released only after it was written
+    if ticket.codec is None and is_laid_plainly(tensor) and tensor.dtype in DTYPE_NAMES:
+        return _Item(tensor, None, tensor.dtype, tuple(tensor.shape), None, None)
     # Where elements share memory (an expanded tensor), its strides cannot be written through.
     plainly_laid = tensor.is_contiguous() or elements_overlap(tensor)
     strides = None if plainly_laid else tuple(tensor.stride())
