@@ -114,9 +114,11 @@ class DiskBacking:
 
     def forget_edits(self, address: int, nbytes: int) -> None:
         """Drop the kernel's private copies of the pages that were written, but for the edges."""
+        if self.stored is None:
+            return
         mapped = self.beneath(torch.device("cpu"))
         if mapped is not None and mapped.data_ptr() == address and mapped.nbytes == nbytes:
-            for shard in self.stored.shards if self.stored is not None else ():
+            for shard in self.stored.shards:
                 shard.forget_edits(address, nbytes)  # mapped, so it is one
 
     def was_edited(self, value: torch.Tensor) -> bool:

@@ -20,6 +20,7 @@ import enum
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -373,8 +374,9 @@ class Held:
         for view in self._laid_views():
             view.vacate()
         # No elements rather than no memory: a stray use is then a clear error, not a crash.
-        with torch.inference_mode(False):
-            self.tensor.data = torch.empty(0, dtype=self.tensor.dtype, device=self.tensor.device)
+        tensor = self.tensor
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _AS_IT_IS:
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         self.state, self.buffer = State.VACANT, None
         self.wake()
 
@@ -494,7 +496,9 @@ class Held:
 
     def _laid_views(self) -> list[Held]:
         """List the views that lie on the object's memory now."""
-        laid = [one for one in self.views or () if one.state is State.BENEATH and not one.is_lent]
+        if self.views is None:
+            return []
+        laid = [one for one in self.views if one.state is State.BENEATH and not one.is_lent]
         return [view for view in laid if view.root is self and not view.is_changed()]
 
     def _is_shared(self) -> bool:
@@ -548,6 +552,9 @@ class Held:
         now = (self.tensor.dtype, tuple(self.tensor.shape))
         same = (ticket.stored.dtype, ticket.stored.shape) == now
         return same and digest_of(self.tensor) == ticket.digest
+
+
+_AS_IT_IS = nullcontext()
 
 
 def _version_of(tensor: torch.Tensor | None) -> int | None:

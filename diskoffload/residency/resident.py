@@ -585,12 +585,9 @@ class Residency:
         before, held.backing, held.ticket = held.backing, held.backing.succeed(ticket), None
         address, nbytes = held.tensor.data_ptr(), held.nbytes
         self._freed_bytes += nbytes
-        value = held.backing.beneath(held.tensor.device)
-        if value is None or self._streaming.to_stream(held) is not None:
-            held.vacate()
-        else:
-            held.lay(value, State.BENEATH)  # found without asking only after the next read
-            self._storages.note(held)
+        # The file is laid beneath it at the next read, which has to ask anyway: of thousands that
+        # are written at once it may be a long time until each is read.
+        held.vacate()
         before.forget_edits(address, nbytes)
         return True
 
