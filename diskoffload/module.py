@@ -164,10 +164,12 @@ def _replace_caches(
             f"compression is for offloading to disk, not to {offload_device}; leave it out"
         )
     old = (module._parameters, module._buffers)
-    new = [
-        made_by.from_mapping(mapping, onload_device, offload_device, **options) for mapping in old
-    ]
-    module._parameters, module._buffers = new  # type: ignore[assignment]
+    parameters = made_by(onload_device, offload_device, **options)
+    buffers = parameters.like(parameters.name)
+    parameters.take(old[0])
+    buffers.take(old[1])
+    # Past Module.__setattr__, which looks for parameters in whatever it is given.
+    module.__dict__.update(_parameters=parameters, _buffers=buffers)
     for mapping in old:
         if isinstance(mapping, OffloadCache):
             mapping.detach()

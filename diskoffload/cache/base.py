@@ -134,18 +134,22 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
             **kwargs: for the class's constructor.
         """
         made = cls(onload_device, offload_device, **kwargs)
-        if isinstance(mapping, OffloadCache):
-            made.born.update(mapping.born)
-            for key, held in mapping._held.items():
-                if held is not None and mapping.residency is not made.residency:
-                    mapping.residency.hand_over(held.root, made.residency)
-                made._take_over(key, held)
-            return made
-        for key, value in mapping.items():
-            made[key] = value
-            if value is not None:
-                made.born[key] = value.dtype, tuple(value.shape)
+        made.take(mapping)
         return made
+
+    def take(self, mapping: Mapping[Any, torch.Tensor | None]) -> None:
+        """Offload what a dictionary has, or take over another cache's entries; we are empty yet."""
+        if isinstance(mapping, OffloadCache):
+            self.born.update(mapping.born)
+            for key, held in mapping._held.items():
+                if held is not None and mapping.residency is not self.residency:
+                    mapping.residency.hand_over(held.root, self.residency)
+                self._take_over(key, held)
+            return
+        for key, value in mapping.items():
+            self[key] = value
+            if value is not None:
+                self.born[key] = value.dtype, tuple(value.shape)
 
     def __init__(
         self,
@@ -439,7 +443,7 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
 
     def _new(self, key: Any, value: torch.Tensor) -> Held:
         name = self._full_name(key)
-        if is_traceable_wrapper_subclass(value):
+        if type(value) is not torch.nn.Parameter and is_traceable_wrapper_subclass(value):
             raise UnsupportedTensorError(
                 f"cannot offload {name!r}: a {type(value).__name__} is a wrapper of several "
                 "tensors; leave its module plain, or offload the model before it is quantized"

@@ -20,12 +20,11 @@ import enum
 import sys
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from diskoffload.residency.objects import object_like, uses_of
+from diskoffload.residency.objects import object_like, out_of_inference_mode, uses_of
 from diskoffload.store.fills import Check
 from diskoffload.store.pieces import Streamable
 from diskoffload.store.stored import ShardTensor
@@ -375,7 +374,7 @@ class Held:
             view.vacate()
         # No elements rather than no memory: a stray use is then a clear error, not a crash.
         tensor = self.tensor
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _AS_IT_IS:
+        with out_of_inference_mode():
             tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         self.state, self.buffer = State.VACANT, None
         self.wake()
@@ -552,9 +551,6 @@ class Held:
         now = (self.tensor.dtype, tuple(self.tensor.shape))
         same = (ticket.stored.dtype, ticket.stored.shape) == now
         return same and digest_of(self.tensor) == ticket.digest
-
-
-_AS_IT_IS = nullcontext()
 
 
 def _version_of(tensor: torch.Tensor | None) -> int | None:

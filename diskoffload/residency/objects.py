@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
 
-from diskoffload.system.memory import elements_overlap
+from diskoffload.system.memory import elements_overlap, is_laid_plainly
+
+
+_AS_IT_IS = nullcontext()
+
+
+def out_of_inference_mode() -> AbstractContextManager[object]:
+    """Have tensors made that are not inference mode's; out of it already this costs nothing."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _AS_IT_IS
 
 
 def object_like(template: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
@@ -31,11 +40,13 @@ def is_ours_to_move(value: torch.Tensor) -> bool:
         has_graph = value.grad_fn is not None
     except RuntimeError:  # a view edited while autograd was off: torch will not say
         has_graph = True
+    if has_graph or torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return False
+    if is_laid_plainly(value):
+        return not value.is_quantized
     return (
-        not has_graph
-        and value.layout == torch.strided
+        value.layout == torch.strided
         and value.device.type != "meta"
-        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
         and type(value).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
         and not elements_overlap(value)
         and not value.is_quantized

@@ -45,6 +45,8 @@ class Parking:
 
     def look_again(self, most: int) -> None:
         """See whether entries whose stand-in was out can still come back."""
+        if not self._out:
+            return
         for held in list(islice(self._out, most)):
             del self._out[held]
             self.enter(held)

@@ -28,7 +28,7 @@ from diskoffload.residency.forking import quiesce_at_fork
 from diskoffload.residency.held import Backing, Held, State
 from diskoffload.residency.loaded import Loaded
 from diskoffload.residency.mapped import Mapped
-from diskoffload.residency.objects import is_ours_to_move
+from diskoffload.residency.objects import is_ours_to_move, out_of_inference_mode
 from diskoffload.residency.parking import Parking
 from diskoffload.residency.storages import Storages, become_view, root_of
 from diskoffload.residency.streaming import Mode, Streaming
@@ -445,7 +445,7 @@ class Residency:
 
     def adopt(self, held: Held, *, write: bool) -> None:
         """Keep an entry's books from now on; write its value behind the caller's back."""
-        with self.lock, torch.inference_mode(False):
+        with self.lock, out_of_inference_mode():
             self._known.add(held)
             if self._became_view(held):
                 return
@@ -508,8 +508,10 @@ class Residency:
 
     def postpone(self, held: Held | None) -> None:
         """Leave it to the next sync to write an entry that is about to be replaced."""
+        if held is None:
+            return
         with self.lock:
-            if held is None or held.ticket is None or held.views is not None:
+            if held.ticket is None or held.views is not None:
                 return
             if len(held.bindings) == 1:  # else others show it too
                 held.ticket.cancel()

@@ -174,6 +174,8 @@ class Folder:
 
     def check_open(self, name: str) -> None:
         """Raise :class:`ClosedError` if a tensor of this name could not be offloaded now."""
+        if self.is_open:  # thousands of times
+            return
         self._check_ours(f"offload {name!r} to {self.path}")
         if not self._end.alive:
             raise ClosedError(
