@@ -28,6 +28,7 @@ from diskoffload.residency.streaming import Mode
 from diskoffload.store.compression import Compression
 from diskoffload.store.folder import Folder
 from diskoffload.store.open_folders import open_folders
+from diskoffload.system.collector import collector_paused
 from diskoffload.system.devices import usable_device
 
 _log = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ def dispatch_model(
     return model
 
 
+@collector_paused()
 def dispatch_with_map(
     model: torch.nn.Module,
     device_map: DeviceMap,

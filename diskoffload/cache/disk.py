@@ -209,7 +209,7 @@ class DiskCache(OffloadCache, kind="disk"):
         return isinstance(backing, DiskBacking) and backing.folder is self.folder
 
     def _back(self, tensor: torch.Tensor) -> tuple[Backing, State, bool]:
-        if tensor.device.type == "meta":
+        if tensor.is_meta:
             raise InvalidInputError("a meta tensor has no value to offload")
         layout = (tensor.dtype, tuple(tensor.shape))
         return DiskBacking(self.folder, self.compression, None, layout), State.FRESH, True

@@ -10,7 +10,6 @@ import torch
 
 from diskoffload.system.memory import elements_overlap, is_laid_plainly
 
-
 _AS_IT_IS = nullcontext()
 
 

@@ -37,6 +37,7 @@ from diskoffload.residency.window import Window
 from diskoffload.store.pieces import Streamable, pieces_of
 from diskoffload.store.writer import Ticket
 from diskoffload.system.accelerators import Accelerators
+from diskoffload.system.collector import collector_paused
 from diskoffload.system.headroom import Headroom
 from diskoffload.system.memory import empty, trim_heap
 
@@ -613,6 +614,7 @@ class Residency:
                     self._loaded[held] = held.nbytes
                 self._arrived.append(weakref.ref(held))
 
+    @collector_paused()
     def sync(self, selects: Callable[[Held], bool]) -> set[Held]:
         """Write what was changed in any way, and return when it is written.
 
@@ -650,7 +652,7 @@ class Residency:
                 if root.state is not State.FRESH:
                     self._write_back(root)
             chosen += roots
-            _flush(chosen)
+            _flush(chosen, self._settle)
             self._settle()
             # A write that had begun before this call may have stored an older value. What was
             # settled just now was compared with its digest there.
@@ -659,15 +661,15 @@ class Residency:
                 if held.ticket is None or held.ticket.cancelled or held.ticket.stored is not None:
                     self._write_back(held)
             if older:
-                _flush(older)
+                _flush(older, self._settle)
                 self._settle()
             return same
 
 
-def _flush(entries: list[Held]) -> None:
+def _flush(entries: list[Held], meanwhile: Callable[[], object]) -> None:
     under_way = [held.ticket.folder for held in entries if held.ticket is not None]
     for folder in {id(one): one for one in under_way if one is not None}.values():
-        folder.flush()
+        folder.flush(meanwhile)
 
 
 def current_value(held: Held) -> tuple[Backing | None, torch.Tensor | None]:

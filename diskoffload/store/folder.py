@@ -8,7 +8,7 @@ import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -183,8 +183,11 @@ class Folder:
                 "readable, for changes dispatch the model to an open folder"
             )
 
-    def flush(self) -> None:
+    def flush(self, meanwhile: Callable[[], object] | None = None) -> None:
         """Write all that is queued and return when it is in the files.
+
+        Args:
+            meanwhile: see :meth:`Writer.flush`.
 
         Raises:
             StorageError: a write failed; its tensors are still queued.
@@ -193,7 +196,7 @@ class Folder:
         self._check_ours(f"write what waits for {self.path}")
         if not self.is_open:
             raise ClosedError(f"cannot write what waits for {self.path}: it was closed")
-        self._writer.flush()
+        self._writer.flush(meanwhile)
 
     def _check_ours(self, action: str) -> None:
         if os.getpid() != self._owner.pid:

@@ -66,8 +66,8 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 class Flushable(Protocol):
     """Where tickets go."""
 
-    def flush(self) -> None:
-        """Write all that is queued."""
+    def flush(self, meanwhile: Callable[[], object] | None = None) -> None:
+        """Write all that is queued; see :meth:`Writer.flush`."""
 
 
 @dataclass(eq=False)
@@ -192,8 +192,11 @@ class Writer:
             self._waiting_bytes = sum(ticket.nbytes for ticket in self._group)
         return self._waiting_bytes
 
-    def flush(self) -> None:
+    def flush(self, meanwhile: Callable[[], object] | None = None) -> None:
         """Write all that waits and return when it is on disk.
+
+        Args:
+            meanwhile: called whenever some tensors were written and others are being written.
 
         Raises:
             StorageError: a write failed; its tensors are still queued.
@@ -202,6 +205,8 @@ class Writer:
             self._start_group()
             while self._running:
                 self._finish_oldest()
+                if meanwhile is not None and self._running:
+                    meanwhile()
 
     def close(self) -> None:
         """Drop what waits, let what runs end, and end the thread."""
