@@ -105,7 +105,7 @@ def dispatch_model(
     return model
 
 
-@collector_paused()
+@collector_paused(all_stays=True)
 def dispatch_with_map(
     model: torch.nn.Module,
     device_map: DeviceMap,

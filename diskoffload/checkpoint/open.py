@@ -136,7 +136,7 @@ def open_checkpoint(
         UnsupportedTensorError: transformers' code cannot convert the checkpoint's tensors.
         NoSpaceError: what it must compute does not fit the folder's disk.
     """
-    with collector_paused():
+    with collector_paused(all_stays=True):
         checkpoint = Checkpoint(path)
         if model is None:
             model = build_meta_model(checkpoint.folder, dtype=dtype)
@@ -155,7 +155,7 @@ def open_checkpoint(
         usable_device(onload_device), folder, compression, residency, align, dtype
     )
     converted = convert_all(model, checkpoint, found.conversions, folder, compression)
-    with collector_paused():
+    with collector_paused(all_stays=True):
         _bind(model, slots, checkpoint, found, converted, options)
     _log.info(
         "opened %s: %d tensors, %s in %d shards, mapped where they lie; copies in RAM: %s; "

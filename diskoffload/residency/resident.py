@@ -614,7 +614,10 @@ class Residency:
                     self._loaded[held] = held.nbytes
                 self._arrived.append(weakref.ref(held))
 
-    @collector_paused()
+    def _settle_many(self) -> None:
+        with collector_paused():  # not while the disk is waited for, which may be minutes
+            self._settle()
+
     def sync(self, selects: Callable[[Held], bool]) -> set[Held]:
         """Write what was changed in any way, and return when it is written.
 
@@ -652,8 +655,8 @@ class Residency:
                 if root.state is not State.FRESH:
                     self._write_back(root)
             chosen += roots
-            _flush(chosen, self._settle)
-            self._settle()
+            _flush(chosen, self._settle_many)
+            self._settle_many()
             # A write that had begun before this call may have stored an older value. What was
             # settled just now was compared with its digest there.
             older = [held for held in chosen if held.state is State.FRESH and not held.is_stored()]
@@ -661,8 +664,8 @@ class Residency:
                 if held.ticket is None or held.ticket.cancelled or held.ticket.stored is not None:
                     self._write_back(held)
             if older:
-                _flush(older, self._settle)
-                self._settle()
+                _flush(older, self._settle_many)
+                self._settle_many()
             return same
 
 

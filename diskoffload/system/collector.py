@@ -23,18 +23,19 @@ class _Pauses:
                 gc.disable()
             self._count += 1
 
-    def end(self) -> None:
+    def end(self, *, all_stays: bool) -> None:
         with self._lock:
             self._count -= 1
             if not self._count and self._was_enabled:
-                self._count_as_old()
+                if all_stays:
+                    self._count_as_old()
                 gc.enable()
 
     @staticmethod
     def _count_as_old() -> None:
         """Have what was made meanwhile looked through with all that is old, not by itself first.
 
-        All of it is to stay. What somebody has frozen would be thawed with it.
+        What somebody has frozen would be thawed with it.
         """
         if not gc.get_freeze_count():
             gc.freeze()
@@ -45,14 +46,19 @@ _pauses = _Pauses()
 
 
 @contextmanager
-def collector_paused() -> Iterator[None]:
+def collector_paused(*, all_stays: bool = False) -> Iterator[None]:
     """Have Python look for no cycles meanwhile, in any thread.
 
     It looks through everything there is, again and again as more is made: half of the time that
     opening a model of 20,000 tensors took (measured). Afterwards it is as it was before.
+
+    Args:
+        all_stays: what was made is a model that will be there for long, so it is counted as old
+            at once. Not for what is done again and again: garbage of others that is young is
+            counted so too, and lives until all that is old is looked through.
     """
     _pauses.begin()
     try:
         yield
     finally:
-        _pauses.end()
+        _pauses.end(all_stays=all_stays)
