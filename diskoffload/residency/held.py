@@ -129,7 +129,6 @@ class Held:
     __slots__ = (
         "__weakref__",
         "_address",
-        "_checked_version",
         "_digest",
         "_lent",
         "_object",
@@ -169,7 +168,6 @@ class Held:
         self.buffer: Memory | None = None
         self.check: Check | None = None
         self.rest: object = None
-        self._checked_version: int | None = None
         self.place: torch.device | None = None
         self.mates: list[weakref.ref[Held]] | None = None
         self.views: weakref.WeakSet[Held] | None = None
@@ -390,6 +388,8 @@ class Held:
             return None
         if self.views is not None or self.mates is not None or self.is_kept:
             return None
+        if self._is_known_weakly():
+            return None
         if backing.layout != (tensor.dtype, tuple(tensor.shape)) or not tensor.is_contiguous():
             return None
         if tensor.is_conj() or tensor.is_neg():  # its value is not what lies there
@@ -420,9 +420,7 @@ class Held:
         ):
             return False
         self.unpublish()
-        # One who has a weak reference would get the object without asking.
-        known = 0 if self._object is None else weakref.getweakrefcount(self._object)
-        if known or not self.is_unheld():
+        if not self.is_unheld() or self._is_known_weakly():
             if self.state is not State.VACANT:
                 self.publish()
             return False
@@ -431,8 +429,7 @@ class Held:
 
     def begin_check(self, check: Check) -> None:
         """Note that a digest is being made of the value as :meth:`as_filled` gave it."""
-        assert self.tensor is not None
-        self.check, self._checked_version = check, _version_of(self.tensor)
+        self.check = check
 
     def wake(self) -> None:
         """Note that from now on somebody may edit the value: what was found before is doubtful."""
@@ -454,6 +451,10 @@ class Held:
             and not self._is_shared()
             and all(view.is_unheld() for view in self._laid_views())
         )
+
+    def _is_known_weakly(self) -> bool:
+        """Whether somebody has a weak reference, who would get the object without asking."""
+        return self._object is not None and weakref.getweakrefcount(self._object) > 0
 
     def standin_is_out(self) -> bool:
         """Whether somebody has what stands for the object offloaded."""
@@ -520,8 +521,7 @@ class Held:
         if self.state is State.BENEATH:
             moved = self.tensor.data_ptr() != self._address
             return moved or self.backing.was_edited(self.tensor)
-        is_as_checked = self._checked_version == _version_of(self.tensor)
-        known = self.check.digest if self.check is not None and is_as_checked else b""
+        known = self.check.digest if self.check is not None else b""
         return (known or digest_of(self.tensor)) != self._digest
 
     def mapped_span(self) -> tuple[int, int] | None:
@@ -551,11 +551,6 @@ class Held:
         now = (self.tensor.dtype, tuple(self.tensor.shape))
         same = (ticket.stored.dtype, ticket.stored.shape) == now
         return same and digest_of(self.tensor) == ticket.digest
-
-
-def _version_of(tensor: torch.Tensor | None) -> int | None:
-    """Count the edits that torch saw; one through a weak reference asks nobody for the tensor."""
-    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 def held_of(tensor: torch.Tensor) -> Held | None:
