@@ -22,6 +22,7 @@ class DiskBacking:
     """A value in a file: of our folder, or of a checkpoint that is used where it lies."""
 
     memory = None
+    is_counted = False
     root = None
 
     def __init__(

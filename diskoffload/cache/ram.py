@@ -9,7 +9,7 @@ import torch
 from diskoffload.cache.base import OffloadCache
 from diskoffload.residency.held import Backing, Held, State
 from diskoffload.store.writer import Ticket
-from diskoffload.system.memory import empty
+from diskoffload.system.memory import empty, is_counted
 
 
 class RamBacking:
@@ -22,6 +22,7 @@ class RamBacking:
     def __init__(self, memory: torch.Tensor) -> None:
         # An alias: the object itself may be laid on another device's memory.
         self.memory = memory.detach()
+        self.is_counted = is_counted(memory)  # now: to view it as an array makes it look foreign
         self.layout = (memory.dtype, tuple(memory.shape))
 
     def is_on(self, device: torch.device) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
 from diskoffload.cache.compacting import Live
@@ -16,7 +16,9 @@ class Rest:
     """One mapping of a module as a commit saw it, when nobody had any of its tensors.
 
     All its entries refer to it (:attr:`Held.rest`) until somebody may have one's object. It
-    refers to none of them, nor to files: both go when their time comes.
+    refers to none of them, nor to files: both go when their time comes. It holds only as long as
+    the last commit of a folder says what it says (:attr:`Folder.resting`): what is in memory may
+    be of several models, and a module may be taken out of one and put back later.
 
     Attributes:
         layout: what of the mapping its entries do not know.
@@ -24,8 +26,7 @@ class Rest:
         entries: what the commit says of them.
         live: what they have in the folder's files.
         in_memory: names of those whose values are in memory, and were written for the commit.
-        files: names of all files of the folder that have anything of it.
-        is_committed: whether the commit was made; else nothing here is to be relied on.
+        files: names of the files that the entries name.
     """
 
     layout: tuple[object, ...]
@@ -34,19 +35,23 @@ class Rest:
     live: Live = field(default_factory=dict)
     in_memory: list[str] = field(default_factory=list)
     files: set[str] = field(default_factory=set)
-    is_committed: bool = False
+
+    @property
+    def all_files(self) -> set[str]:
+        """Names of all files of the folder that have anything of it, be that an older value."""
+        return self.files | self.live.keys()
 
 
-def is_at_rest(held: Held) -> bool:
-    """Whether nobody can have changed an entry since a commit saw it."""
-    return isinstance(held.rest, Rest) and held.rest.is_committed
+def rest_of(face: Face, resting: Set[object]) -> Rest | None:
+    """Give what the last commit says of a mapping, if that cannot have changed since.
 
-
-def rest_of(face: Face) -> Rest | None:
-    """Give what a commit saw of a mapping, if that cannot have changed since."""
+    Args:
+        face: the mapping.
+        resting: what that commit relied on, and may be relied on again.
+    """
     notes: set[object] = {held.rest for held in face.held()}
     note = notes.pop() if len(notes) == 1 else None
-    if isinstance(note, Rest) and note.is_committed and note.layout == face.layout():
+    if isinstance(note, Rest) and note in resting and note.layout == face.layout():
         return note
     return None
 

@@ -20,7 +20,7 @@ from diskoffload.cache.compacting import (
 from diskoffload.cache.disk_backing import DiskBacking
 from diskoffload.checkpoint.fingerprint import fingerprint_of
 from diskoffload.checkpoint.open import Binding, binding_of
-from diskoffload.committing.resting import Rest, is_at_rest, is_still, lay_to_rest, rest_of
+from diskoffload.committing.resting import Rest, is_still, lay_to_rest, rest_of
 from diskoffload.committing.shown import (
     Face,
     Shown,
@@ -61,6 +61,9 @@ class Table:
         self._folder = folder
         self._binding = binding_of(model)
         self._faces = faces
+        # Of two modules with one mapping (copy.copy makes them) each entry is a tie.
+        seen = Counter(id(one.cache) for one in faces if one.cache is not None)
+        self._shared = {key for key, count in seen.items() if count > 1}
         self._rests: list[Rest] = []
         self._entries: dict[str, Entry] = {}
         self._shards: dict[str, Shard] = {}
@@ -105,8 +108,7 @@ class Table:
         self._check_source()
         made = folder.commit(wanted, self._shards.values())
         folder.remembered = remembered  # older ones may be in files that are gone now
-        for rest in new_rests:
-            rest.is_committed = True
+        folder.resting = {*self._rests, *new_rests}
         return made
 
     # ------------------------------------------------------------------ what need not be seen
@@ -117,7 +119,10 @@ class Table:
         What is in a file that is to be left, or that was lost, has to be, however long it rests.
         """
         folder = self._folder
-        rests = [rest_of(face) for face in self._faces]
+        rests = [
+            None if id(face.cache) in self._shared else rest_of(face, folder.resting)
+            for face in self._faces
+        ]
         live = live_in(folder, self._entries_in_files(rests))
         for rest in rests:
             for file, specs in rest.live.items() if rest is not None else ():
@@ -126,7 +131,7 @@ class Table:
         self._left = self._files_to_leave(live)
         doubtful = dead | self._left | folder.suspects
         for number, rest in enumerate(rests):
-            if rest is not None and not doubtful.isdisjoint(rest.files):
+            if rest is not None and not doubtful.isdisjoint(rest.all_files):
                 rests[number] = None
         leave_files(folder, dead, self._entries_in_files(rests))
         self._faces = [face for face, rest in zip(self._faces, rests, strict=True) if rest is None]
@@ -140,7 +145,8 @@ class Table:
 
     def _hide(self) -> list[tuple[Face, Rest]]:
         """Hide what nobody uses, so that it stays as this commit is about to see it."""
-        laid = [(face, rest) for face in self._faces if (rest := lay_to_rest(face)) is not None]
+        alone = [face for face in self._faces if id(face.cache) not in self._shared]
+        laid = [(face, rest) for face in alone if (rest := lay_to_rest(face)) is not None]
         held = [one for face, _ in laid for one in face.held() if one.tensor is not None]
         self._unchanged.difference_update(held)  # that was seen while it could be edited
         self._unchanged |= unedited(held) or set()
@@ -156,7 +162,7 @@ class Table:
         rest.live = live_in(self._folder, held)
         rest.in_memory = [name for name in rest.names if name in self._keys]
         places = [entry["at"] for entry in rest.entries.values()]
-        rest.files = {place[0] for place in places if isinstance(place, list)} | rest.live.keys()
+        rest.files = {place[0] for place in places if isinstance(place, list)}
         return True
 
     def _check_source(self) -> None:
@@ -266,7 +272,7 @@ class Table:
         }
 
     def _goes_here(self, held: Held) -> bool:
-        if is_at_rest(held):
+        if held.rest in self._folder.resting:
             return False
         backing = held.root.backing
         return isinstance(backing, DiskBacking) and backing.folder is self._folder

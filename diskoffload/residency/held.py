@@ -50,6 +50,10 @@ class Backing(Protocol):
         """The memory in which the value waits, or ``None`` where it is on disk."""
 
     @property
+    def is_counted(self) -> bool:
+        """Whether all who use the memory count as users of its storage; asked if there is any."""
+
+    @property
     def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
         """Element type and shape of the value."""
 
@@ -222,7 +226,13 @@ class Held:
     @property
     def offloaded(self) -> torch.Tensor:
         """What stands for the entry when onloading is disabled."""
-        self.rest = None  # to make this one trainable is to make an object that is to come so
+        shown = self._stand_in()
+        # To make this one trainable is to make an object that is to come so. Not before it is in
+        # hand, because who asks for it has no lock: see lay_to_rest.
+        self.rest = None
+        return shown
+
+    def _stand_in(self) -> torch.Tensor:
         self._refresh_template()
         memory = self.backing.memory if self.backing is not None else self.tensor
         lies_here = self.state not in (State.VACANT, State.LOADED)
@@ -408,7 +418,7 @@ class Held:
         if (
             self.state in (State.FRESH, State.AS_IS)
             or self.backing is None
-            or (self.backing.memory is not None and self.state is not State.BENEATH)
+            or (self.backing.memory is not None and not self._lies_on_counted_memory())
             or self.ticket is not None
             or len(self.bindings) != 1
             or self.is_lent
@@ -416,16 +426,23 @@ class Held:
             or self.views is not None
             or self.mates is not None
             or self.is_kept
-            or self.standin_is_out()
         ):
             return False
         self.unpublish()
-        if not self.is_unheld() or self._is_known_weakly():
+        self.rest = note
+        if self._is_known_weakly() or self.standin_is_out() or not self.is_unheld():
+            self.rest = None
             if self.state is not State.VACANT:
                 self.publish()
             return False
-        self.rest = note
         return True
+
+    def _lies_on_counted_memory(self) -> bool:
+        """Whether the object lies on the backing's memory, and all of that one's users count."""
+        if self.backing is None or self.backing.memory is None or not self.backing.is_counted:
+            return False
+        there = int(self.backing.memory.untyped_storage()._cdata)
+        return self.state is State.BENEATH and self.storage_key() == there
 
     def begin_check(self, check: Check) -> None:
         """Note that a digest is being made of the value as :meth:`as_filled` gave it."""
@@ -453,8 +470,9 @@ class Held:
         )
 
     def _is_known_weakly(self) -> bool:
-        """Whether somebody has a weak reference, who would get the object without asking."""
-        return self._object is not None and weakref.getweakrefcount(self._object) > 0
+        """Whether somebody has a weak reference, who would get an object without asking."""
+        shown = (self._object, self._template)
+        return any(one is not None and weakref.getweakrefcount(one) > 0 for one in shown)
 
     def standin_is_out(self) -> bool:
         """Whether somebody has what stands for the object offloaded."""

@@ -30,6 +30,8 @@ class Onloads(Protocol):
 class ViewBacking:
     """A value that is a view of another entry's; never changes."""
 
+    is_counted = False  # the root is asked
+
     def __init__(
         self, residency: Onloads, root: Held, view: torch.Tensor, offset_bytes: int
     ) -> None:

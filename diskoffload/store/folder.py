@@ -54,6 +54,7 @@ class Folder:
         turn: for who commits: held from looking at the model to the end of the commit.
         remembered: for who commits: by name, what identifies a value in memory, and the entry
             of the file that it was committed to.
+        resting: for who commits: notes of what need not be looked at, as the last commit says.
 
     Thread-safe. After a fork the child neither writes nor removes anything.
     """
@@ -106,6 +107,7 @@ class Folder:
         self._commit_lock = threading.Lock()
         self.turn = threading.Lock()
         self.remembered: dict[str, tuple[Any, Entry]] = {}
+        self.resting: set[object] = set()
         self._shows: Committed | None = None
         self._durable: set[str] = set()
         self._in_doubt: set[str] = set()

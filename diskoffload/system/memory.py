@@ -89,6 +89,7 @@ class Memory:
         finalizer = weakref.finalize(self._array, _unmap, address, nbytes)
         # At interpreter exit tensors may still be alive; the process' end unmaps anyway.
         finalizer.atexit = False
+        _ranges[address] = self._array
 
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int = 0) -> torch.Tensor:
         """Make a contiguous CPU tensor that aliases this memory and keeps it alive.
@@ -114,6 +115,20 @@ class Memory:
         """Give a writable view of ``nbytes`` bytes from ``offset``; it keeps the memory alive."""
         stop = self.nbytes if nbytes is None else offset + nbytes
         return memoryview(self._array).cast("B")[offset:stop]
+
+
+_ranges: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def is_counted(tensor: torch.Tensor) -> bool:
+    """Whether whoever uses a tensor's memory counts as a user of its storage.
+
+    The array or buffer that a tensor was made from (``torch.from_numpy``, ``frombuffer``, DLPack)
+    is its owner's, who may write to it with no tensor at hand. A storage on such memory cannot be
+    resized; nor can one of which an array was ever made, of which this says no as well.
+    """
+    storage = tensor.untyped_storage()
+    return storage.resizable() or storage.data_ptr() in _ranges
 
 
 def _unmap(address: int, nbytes: int) -> None:

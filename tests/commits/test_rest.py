@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import gc
 import weakref
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from commit_cases import Make, bare, check_values, shards_in, values
@@ -16,7 +18,7 @@ from safetensors.torch import save_file
 
 import diskoffload
 from diskoffload.committing.resting import rest_of
-from diskoffload.committing.shown import Shown, faces_of
+from diskoffload.committing.shown import Shown, faces_of, folder_of
 from diskoffload.committing.table import Table
 from diskoffload.errors import StorageError
 from diskoffload.residency.held import Held, State
@@ -31,7 +33,9 @@ def settle(net: torch.nn.Module) -> None:
 
 
 def resting(net: torch.nn.Module) -> set[str]:
-    rests = [(face, rest_of(face)) for face in faces_of(net)]
+    faces = faces_of(net)
+    notes = folder_of(net, faces).resting
+    rests = [(face, rest_of(face, notes)) for face in faces]
     seen = [one for face, rest in rests if rest is not None for one in face.shown()]
     return {one.name for one in seen if one.value is not None}
 
@@ -433,3 +437,133 @@ def test_an_edit_in_the_moment_before_it_is_hidden(
         again = diskoffload.reopen(tmp_path / "off", model=empty, read_only=True)
         expected = values(net)
         check_values(again, expected)
+
+
+@pytest.mark.parametrize("device", ["disk", "cpu"])
+def test_a_module_that_was_taken_out_for_a_while(device: str, tmp_path: Path) -> None:
+    """What an older commit said of it is no more in the last one, nor are its files."""
+    net: Any = torch.nn.ModuleDict({"one": torch.nn.Linear(8, 8), "two": torch.nn.Linear(8, 8)})
+    for name, where in (("one", "disk"), ("two", device)):
+        options = {"offload_dir": tmp_path / "off"} if where == "disk" else {}
+        diskoffload.offload_module(net[name], "cpu", where, name=name, **options)
+    settle(net)
+    for name in ("weight", "bias"):  # so that they are in a file of their own
+        shape = getattr(net["two"], name).shape
+        setattr(net["two"], name, torch.nn.Parameter(torch.rand(shape)))
+    settle(net)
+    settle(net)
+    assert resting(net) == {f"{m}.{name}" for m in ("one", "two") for name in ("weight", "bias")}
+    expected = values(net)
+    settle(net)
+    settle(net)
+    two = net.pop("two")
+    settle(net)
+    net["two"] = two
+    diskoffload.commit(net)
+    again = torch.nn.ModuleDict({"one": torch.nn.Linear(8, 8), "two": torch.nn.Linear(8, 8)})
+    check_values(diskoffload.reopen(tmp_path / "off", model=again, read_only=True), expected)
+
+
+def test_a_module_in_memory_that_two_models_have(tmp_path: Path) -> None:
+    shared = torch.nn.Linear(8, 8)
+    diskoffload.offload_module(shared, "cpu", "cpu", name="shared")
+    nets: list[Any] = []
+    for name in ("one", "two"):
+        own = torch.nn.Linear(8, 8)
+        diskoffload.offload_module(own, "cpu", "disk", offload_dir=tmp_path / name, name="own")
+        nets.append(torch.nn.ModuleDict({"own": own, "shared": shared}))
+    for net in (*nets, *nets):
+        settle(net)
+    for name, net in zip(("one", "two"), nets, strict=True):
+        again = torch.nn.ModuleDict({"own": torch.nn.Linear(8, 8), "shared": torch.nn.Linear(8, 8)})
+        again = diskoffload.reopen(tmp_path / name, model=again, read_only=True)
+        check_values(again, values(net))
+
+
+def test_what_rests_in_memory_when_the_folder_changes(tmp_path: Path) -> None:
+    net = many(1, tmp_path / "off")
+    net.append(torch.nn.Linear(8, 8))
+    diskoffload.offload_module(net[1], "cpu", "cpu", name="1")
+    settle(net)
+    diskoffload.remove_module_offload(net[0], onload_tensors=True)
+    diskoffload.offload_module(net[0], "cpu", "disk", offload_dir=tmp_path / "other", name="0")
+    settle(net)
+    again = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8))
+    again = diskoffload.reopen(tmp_path / "other", model=again, read_only=True)
+    check_values(again, values(net))
+
+
+def test_two_modules_with_one_mapping_stay_tied(tmp_path: Path) -> None:
+    net: Any = torch.nn.ModuleDict({"one": torch.nn.Linear(8, 8), "two": torch.nn.Linear(8, 8)})
+    diskoffload.offload_model(net, "cpu", "disk", offload_dir=tmp_path / "off")
+    settle(net)
+    net["two"] = copy.copy(net["one"])
+    assert net["two"].weight is net["one"].weight
+    for _ in range(4):
+        gc.collect()
+        entries = diskoffload.commit(net).entries
+        assert entries["two.weight"]["at"] == {"tie": "one.weight"}
+
+
+@pytest.mark.parametrize("mode", ["mapped", "streamed"])
+def test_an_edit_in_that_moment_of_what_is_in_a_file_of_ours(
+    mode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is committed to another file, and the older one is none of the commit's any more."""
+    net = torch.nn.Linear(256, 256, bias=False)
+    diskoffload.offload_model(net, "cpu", "disk", offload_dir=tmp_path / "off", mode=mode)
+    settle(net)
+    expected = net.weight.detach() + 1
+    in_use = [net.weight]
+    hide = Table._hide
+
+    def edited_before(self: Table) -> Any:
+        while in_use:
+            in_use.pop().data.add_(1)
+        return hide(self)
+
+    monkeypatch.setattr(Table, "_hide", edited_before)
+    for _ in range(3):
+        diskoffload.commit(net)
+        again = torch.nn.Linear(256, 256, bias=False)
+        again = diskoffload.reopen(tmp_path / "off", model=again, read_only=True)
+        check_values(again, {"weight": expected})
+
+
+@pytest.mark.parametrize("is_put_later", [False, True])
+def test_what_lies_on_the_memory_of_an_array_is_looked_at(
+    is_put_later: bool, tmp_path: Path
+) -> None:
+    """Who has the array needs no tensor to write to it."""
+    net = many(2, tmp_path / "off", "cpu")
+    array = np.zeros((8, 8), dtype=np.float32)
+    if is_put_later:
+        net[1].weight.data = torch.from_numpy(array)
+    else:
+        net[1].weight = torch.nn.Parameter(torch.from_numpy(array))
+    settle(net)
+    array[2] = 5
+    assert resting(net) == {"0.weight"}
+    diskoffload.commit(net)
+    expected = values(net)
+    assert expected["1.weight"][2, 0] == 5
+    again = torch.nn.Sequential(*(torch.nn.Linear(8, 8, bias=False) for _ in range(2)))
+    check_values(diskoffload.reopen(tmp_path / "off", model=again, read_only=True), expected)
+
+
+def test_what_stands_for_it_is_known_by_a_weak_reference(tmp_path: Path) -> None:
+    net = torch.nn.Linear(8, 8)
+    diskoffload.offload_model(net, "cpu", "disk", offload_dir=tmp_path / "off")
+    diskoffload.commit(net)
+    del net
+    gc.collect()
+    net = torch.nn.Linear(8, 8)
+    diskoffload.reopen(tmp_path / "off", model=net)
+    with diskoffload.disable_onloading():
+        known = weakref.ref(net.weight)
+    settle(net)
+    standin = known()
+    assert standin is not None
+    standin.requires_grad_(False)
+    del standin
+    assert not diskoffload.commit(net).entries["weight"]["grad"]
