@@ -153,13 +153,14 @@ def test_shards_at_rest_that_are_not_mapped_hold_no_descriptor(tmp_path: Path) -
         stored.load()
 
 
-# Tests that need mappings: what a mapped read does not notice, when it lets a file go, and what
-# of one is compared at a commit.
+# Tests that need mappings: what a mapped read does not notice, when it lets a file go, what of one
+# is compared at a commit, and what is still there when somebody has removed it.
 ABOUT_MAPPINGS = [
     "test_commit_blind",
     "test_a_wrong_byte_of_data_is_named",
     "test_a_mapped_tensor_is_not_compacted_away",
     "test_compacting_a_folder_at_rest",
+    "test_a_lost_file_is_written_anew",
 ]
 
 
