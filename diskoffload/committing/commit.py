@@ -31,8 +31,9 @@ def commit(model: torch.nn.Module, note: Any = None) -> Committed:
     memory (plain modules, ``CPUCache``) are written to the folder as well.
 
     Beside the writing it costs a walk over the modules, and a look at what was read or assigned
-    since the commit before and at what somebody holds; tensors of plain modules, and values in RAM
-    on memory that is not torch's own, are compared with their digest each time. What nobody holds is hidden, so that the next read of it is a slow one.
+    since the commit before and at what somebody holds. Tensors of plain modules, and values in RAM
+    on memory that is not torch's own, are compared with their digest each time. What nobody holds
+    is hidden, so that the next read of it is a slow one.
 
     Args:
         model: a model of which at least some modules are offloaded to disk, all to one folder.
