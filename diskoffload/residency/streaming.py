@@ -216,8 +216,6 @@ class Streaming:
             in_place = used_bytes + nbytes > budget_bytes
             most_bytes = max(_IN_PLACE_BYTES, nbytes) if in_place else _MOST_AHEAD_BYTES
             if ahead_bytes + nbytes > min(budget_bytes // _AHEAD_SHARE, most_bytes):
-                if in_place:  # so that the disk need not wait for it when there is room
-                    self._begin_to_leave(held, stored.nbytes, leaving)
                 # Nothing changes before one of them is taken.
                 self._rest_reads = looked_at if ahead_bytes else _REST_READS
                 return
