@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
-from diskoffload.cache.compacting import (
-    MOST_SMALL_FILES,
-    SMALL_BYTES,
-    Live,
-    dead_files,
-    leave_files,
-    live_in,
-)
 from diskoffload.cache.disk_backing import DiskBacking
 from diskoffload.checkpoint.fingerprint import fingerprint_of
 from diskoffload.checkpoint.open import Binding, binding_of
-from diskoffload.committing.resting import Rest, is_still, lay_to_rest, rest_of
+from diskoffload.committing.parting import Parting
 from diskoffload.committing.shown import (
     Face,
     Shown,
@@ -44,10 +35,6 @@ from diskoffload.system.collector import collector_paused
 
 # How often a tensor that another thread keeps changing is written before it is given up.
 _MOST_TRIES = 3
-# Of a file that values in memory were committed to: what of it may be dead however little lives,
-# and what its header has for each tensor, about.
-_LEAST_DEAD_BYTES = 1 << 20
-_ENTRY_BYTES = 256
 
 
 class Table:
@@ -60,17 +47,12 @@ class Table:
     def __init__(self, model: torch.nn.Module, folder: Folder, faces: list[Face]) -> None:
         self._folder = folder
         self._binding = binding_of(model)
-        self._faces = faces
-        # Of two modules with one mapping (copy.copy makes them) each entry is a tie.
-        seen = Counter(id(one.cache) for one in faces if one.cache is not None)
-        self._shared = {key for key, count in seen.items() if count > 1}
-        self._rests: list[Rest] = []
+        self._parts = Parting(faces, folder)
         self._entries: dict[str, Entry] = {}
         self._shards: dict[str, Shard] = {}
         self._reused: set[str] = set()
         self._keys: dict[str, tuple[object, ...]] = {}
         self._unchanged: set[Held] = set()
-        self._left: set[str] = set()
 
     def commit(self, note: Any) -> Committed:
         """Have every value on disk, and commit where they are; the folder's turn is held."""
@@ -81,9 +63,10 @@ class Table:
                 self._unchanged |= residency.sync(self._goes_here)
             # Now that what changed is written: the collector is not held up by the disk.
             locks.enter_context(collector_paused())
-            self._set_aside_what_rests()
-            hidden = self._hide()
-            shown = [one for face in self._faces for one in face.shown()]
+            self._parts.set_aside()
+            self._take_over_what_rests()
+            self._look_at_what_is_hidden(self._parts.hide())
+            shown = [one for face in self._parts.awake for one in face.shown()]
             roots = [(one.name, root) for one in shown if (root := one.root) is not None]
             where = self._where(roots)
             source, names = self._source(last)
@@ -92,8 +75,8 @@ class Table:
             remembered: dict[str, tuple[Any, Entry]] = {
                 name: (key, self._at(where[id(values[name])])) for name, key in self._keys.items()
             }
-            new_rests = [rest for face, rest in hidden if self._note(face, rest)]
-        for rest in self._rests:
+            resting = self._parts.noted(self._entries, self._keys.keys())
+        for rest in self._parts.rests:
             remembered.update({name: folder.remembered[name] for name in rest.in_memory})
         born = last.born
         if source is None and born is None:
@@ -108,62 +91,20 @@ class Table:
         self._check_source()
         made = folder.commit(wanted, self._shards.values())
         folder.remembered = remembered  # older ones may be in files that are gone now
-        folder.resting = {*self._rests, *new_rests}
+        folder.resting = resting
         return made
 
-    # ------------------------------------------------------------------ what need not be seen
-
-    def _set_aside_what_rests(self) -> None:
-        """Leave to the faces those that have to be looked at, and take the others' entries over.
-
-        What is in a file that is to be left, or that was lost, has to be, however long it rests.
-        """
-        folder = self._folder
-        rests = [
-            None if id(face.cache) in self._shared else rest_of(face, folder.resting)
-            for face in self._faces
-        ]
-        live = live_in(folder, self._entries_in_files(rests))
-        for rest in rests:
-            for file, specs in rest.live.items() if rest is not None else ():
-                live.setdefault(file, {}).update(specs)
-        dead = dead_files(folder, live)
-        self._left = self._files_to_leave(live)
-        doubtful = dead | self._left | folder.suspects
-        for number, rest in enumerate(rests):
-            if rest is not None and not doubtful.isdisjoint(rest.all_files):
-                rests[number] = None
-        leave_files(folder, dead, self._entries_in_files(rests))
-        self._faces = [face for face, rest in zip(self._faces, rests, strict=True) if rest is None]
-        self._rests = [rest for rest in rests if rest is not None]
-        for rest in self._rests:
+    def _take_over_what_rests(self) -> None:
+        for rest in self._parts.rests:
             self._entries.update(rest.entries)
             self._reused |= rest.files
         self._shards.update(
-            {name: one for one in folder.shards() if (name := one.path.name) in self._reused}
+            {name: one for one in self._folder.shards() if (name := one.path.name) in self._reused}
         )
 
-    def _hide(self) -> list[tuple[Face, Rest]]:
-        """Hide what nobody uses, so that it stays as this commit is about to see it."""
-        alone = [face for face in self._faces if id(face.cache) not in self._shared]
-        laid = [(face, rest) for face in alone if (rest := lay_to_rest(face)) is not None]
-        held = [one for face, _ in laid for one in face.held() if one.tensor is not None]
-        self._unchanged.difference_update(held)  # that was seen while it could be edited
-        self._unchanged |= unedited(held) or set()
-        return laid
-
-    def _note(self, face: Face, rest: Rest) -> bool:
-        """Note what this commit says of a mapping, if nobody was given anything of it since."""
-        held = face.held()
-        if not held or not is_still(rest, held):
-            return False
-        rest.names = [one.name for one in face.shown()] + list(face.born())
-        rest.entries = {name: self._entries[name] for name in rest.names if name in self._entries}
-        rest.live = live_in(self._folder, held)
-        rest.in_memory = [name for name in rest.names if name in self._keys]
-        places = [entry["at"] for entry in rest.entries.values()]
-        rest.files = {place[0] for place in places if isinstance(place, list)}
-        return True
+    def _look_at_what_is_hidden(self, hidden: list[Held]) -> None:
+        self._unchanged.difference_update(hidden)  # that was seen while it could be edited
+        self._unchanged |= unedited(hidden) or set()
 
     def _check_source(self) -> None:
         """Refuse to refer to a checkpoint that is no longer what was opened."""
@@ -180,17 +121,8 @@ class Table:
                 "back, or keep the model with save_checkpoint"
             )
 
-    def _entries_in_files(self, rests: list[Rest | None]) -> dict[Held, Residency]:
-        """Give the entries, and their books, of all mappings that do not rest."""
-        return {
-            held.root: face.cache.residency
-            for face, rest in zip(self._faces, rests, strict=True)
-            if rest is None and face.cache is not None
-            for held in face.held()
-        }
-
     def _residencies(self) -> list[Residency]:
-        caches = [one.cache for one in self._faces if one.cache is not None]
+        caches = [one.cache for one in self._parts.awake if one.cache is not None]
         found = {id(cache.residency): cache.residency for cache in caches}
         return [found[key] for key in sorted(found)]  # in one order, whoever commits
 
@@ -248,28 +180,10 @@ class Table:
         key = (digest_of(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride())
         self._keys[name] = key
         known, entry = self._folder.remembered.get(name, (None, {}))
-        if known == key and entry["at"][0] not in self._left:
+        if known == key and entry["at"][0] not in self._parts.left:
             return entry
         # Who is interrupted before it is written could not cancel it.
         return self._folder.put(name, tensor.detach(), None, stays_open=False)
-
-    def _files_to_leave(self, live: Live) -> set[str]:
-        """Find files that values in memory were committed to, and little else is alive in."""
-        live_bytes: Counter[str] = Counter()
-        for (_, dtype, shape, _), entry in self._folder.remembered.values():
-            live_bytes[entry["at"][0]] += _bytes_of(dtype, shape) + _ENTRY_BYTES
-        files = set(live_bytes)
-        if not files:
-            return files
-        for name in files & live.keys():
-            live_bytes[name] += sum(live[name].values())
-        sizes = {name: size for name, (size, _) in self._folder.last_commit.shards.items()}
-        small = {name for name in files if sizes.get(name, 0) < SMALL_BYTES}
-        return (small if len(small) > MOST_SMALL_FILES else set()) | {
-            name
-            for name in files
-            if sizes.get(name, 0) - live_bytes[name] > max(live_bytes[name], _LEAST_DEAD_BYTES)
-        }
 
     def _goes_here(self, held: Held) -> bool:
         if held.rest in self._folder.resting:
@@ -293,7 +207,7 @@ class Table:
         binding = self._binding
         if binding is None:
             return None, set()
-        names = {*binding.recipes, *(name for face in self._faces for name in face.born())}
+        names = {*binding.recipes, *(name for face in self._parts.awake for name in face.born())}
         if last.source is not None and last.source["path"] == str(binding.checkpoint.path):
             return dict(last.source), names
         return source_of(binding), names
@@ -330,7 +244,7 @@ class Table:
                 continue
             self._entries[one.name] = one.described(self._at(found))
         source_names.difference_update(one.name for one in shown)
-        for rest in self._rests:
+        for rest in self._parts.rests:
             source_names.difference_update(rest.names)
         for name in source_names:
             self._entries[name] = {"at": None, "is": "gone"}
@@ -361,7 +275,7 @@ class Table:
         plain = {one.name: ("", ()) for one in shown if isinstance(one.value, torch.Tensor)}
         offloaded = {
             name: (str(dtype).removeprefix("torch."), shape)
-            for face in self._faces
+            for face in self._parts.awake
             for name, (dtype, shape) in face.born().items()
         }
         return {**plain, **offloaded}
@@ -374,7 +288,3 @@ def source_of(binding: Binding) -> dict[str, Any]:
         "dtype": None if binding.dtype is None else str(binding.dtype).removeprefix("torch."),
         "files": fingerprint_of(binding.checkpoint),
     }
-
-
-def _bytes_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel() * dtype.itemsize

@@ -17,9 +17,9 @@ from commit_cases import Make, bare, check_values, shards_in, values
 from safetensors.torch import save_file
 
 import diskoffload
+from diskoffload.committing.parting import Parting
 from diskoffload.committing.resting import rest_of
 from diskoffload.committing.shown import Shown, faces_of, folder_of
-from diskoffload.committing.table import Table
 from diskoffload.errors import StorageError
 from diskoffload.residency.held import Held, State
 from diskoffload.system.files import Files
@@ -422,14 +422,14 @@ def test_an_edit_in_the_moment_before_it_is_hidden(
         empty = torch.nn.Linear(256, 256, bias=False)
     net = diskoffload.open_checkpoint(source, model=empty, offload_dir=tmp_path / "off", mode=mode)
     in_use = [net.weight]
-    hide = Table._hide
+    hide = Parting.hide
 
-    def edited_before(self: Table) -> Any:
+    def edited_before(self: Parting) -> Any:
         while in_use:
             in_use.pop().data.add_(1)
         return hide(self)
 
-    monkeypatch.setattr(Table, "_hide", edited_before)
+    monkeypatch.setattr(Parting, "hide", edited_before)
     for _ in range(2):
         diskoffload.commit(net)
         with torch.device("meta"):
@@ -515,14 +515,14 @@ def test_an_edit_in_that_moment_of_what_is_in_a_file_of_ours(
     settle(net)
     expected = net.weight.detach() + 1
     in_use = [net.weight]
-    hide = Table._hide
+    hide = Parting.hide
 
-    def edited_before(self: Table) -> Any:
+    def edited_before(self: Parting) -> Any:
         while in_use:
             in_use.pop().data.add_(1)
         return hide(self)
 
-    monkeypatch.setattr(Table, "_hide", edited_before)
+    monkeypatch.setattr(Parting, "hide", edited_before)
     for _ in range(3):
         diskoffload.commit(net)
         again = torch.nn.Linear(256, 256, bias=False)
