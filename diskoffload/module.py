@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from diskoffload.cache import modes
-from diskoffload.cache.base import Device, OffloadCache
+from diskoffload.cache.base import Device, OffloadCache, is_cache
 from diskoffload.cache.cpu import CPUCache
 from diskoffload.cache.device import DeviceCache
 from diskoffload.cache.disk import DiskCache
@@ -30,26 +30,16 @@ def is_offloaded(module: torch.nn.Module) -> bool:
 def cache_of(module: torch.nn.Module) -> OffloadCache | None:
     """Give the cache of an offloaded module's parameters, or ``None``."""
     parameters: object = module._parameters
-    return parameters if _is_cache(parameters) else None
+    return parameters if is_cache(parameters) else None
 
 
 def caches_of(module: torch.nn.Module) -> tuple[OffloadCache, OffloadCache] | None:
     """Give the caches of an offloaded module's parameters and buffers, or ``None``."""
     parameters: object = module._parameters
     buffers: object = module._buffers
-    if _is_cache(parameters) and _is_cache(buffers):
+    if is_cache(parameters) and is_cache(buffers):
         return parameters, buffers
     return None
-
-
-def _is_cache(mapping: object) -> TypeGuard[OffloadCache]:
-    # To ask an abstract class takes longer than all else that is done for most modules.
-    kind = type(mapping)
-    return kind is not dict and (_is_disk_cache(mapping) or isinstance(mapping, OffloadCache))
-
-
-def _is_disk_cache(mapping: object) -> TypeGuard[DiskCache]:
-    return type(mapping) is DiskCache or isinstance(mapping, DiskCache)
 
 
 KINDS: tuple[type[OffloadCache], ...] = (CPUCache, DeviceCache, DiskCache)
@@ -119,7 +109,7 @@ def reoffload_module(
     if cache is None:
         offload_module(module, onload_device, offload_device, offload_dir=offload_dir, **kwargs)
         return
-    if offload_device == "disk" and _is_disk_cache(cache):
+    if offload_device == "disk" and isinstance(cache, DiskCache):
         offload_dir = cache.folder if offload_dir is None else offload_dir
         kwargs["compression"] = kwargs.get("compression") or cache.compression
     kwargs["name"] = kwargs.get("name") or cache.name
@@ -137,13 +127,12 @@ def _are_made_with(
     options: Mapping[str, Any],
 ) -> bool:
     """Whether a module is on disk already just as is asked for."""
-    mine: tuple[object, object] = (module._parameters, module._buffers)
-    parameters, buffers = mine
-    if not _is_disk_cache(parameters) or not _is_disk_cache(buffers):
-        return False
     options = {"compression": None, **options, "offload_dir": offload_dir}
     device = usable_device(onload_device)
-    return parameters.is_made_with(device, options) and buffers.is_made_with(device, options)
+    return all(
+        isinstance(cache, DiskCache) and cache.is_made_with(device, options)
+        for cache in caches_of(module) or (None,)
+    )
 
 
 def _replace_caches(

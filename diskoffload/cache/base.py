@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, ItemsView, Iterator, Mapping, Mu
 from contextlib import AbstractContextManager
 from functools import partial
 from types import MemberDescriptorType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeGuard, TypeVar
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -499,6 +499,14 @@ class OffloadCache(MutableMapping[Any, "torch.Tensor | None"], ABC):
                 "take it from `offloaded_values` or from `offload`"
             )
         return held
+
+
+def is_cache(mapping: object) -> TypeGuard[OffloadCache]:
+    """Whether a module's dictionary is offloaded.
+
+    To ask an abstract class takes longer than all else that is done for most modules.
+    """
+    return OffloadCache in type(mapping).__mro__
 
 
 # What a cache has of its own; the other slots are how it offloads.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diskoffload.cache.base import OffloadCache
+from diskoffload.cache.base import OffloadCache, is_cache
 from diskoffload.cache.disk import DiskCache
 from diskoffload.errors import InvalidInputError, NotOffloadedError
 from diskoffload.residency.held import Held, State
@@ -100,13 +100,12 @@ def faces_of(model: torch.nn.Module) -> list[Face]:
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         for mapping, is_parameter in ((module._parameters, True), (module._buffers, False)):
-            # There are thousands, and to ask an abstract class whose they are takes its time.
-            if OffloadCache in type(mapping).__mro__:
-                cache: Any = mapping
-                if cache.held_items() or cache.born:
-                    faces.append(Face(prefix, module, is_parameter, cache, {}))
-            elif mapping:
-                faces.append(Face(prefix, module, is_parameter, None, mapping))
+            found: Any = mapping
+            if is_cache(found):
+                if found.held_items() or found.born:
+                    faces.append(Face(prefix, module, is_parameter, found, {}))
+            elif found:
+                faces.append(Face(prefix, module, is_parameter, None, found))
     return faces
 
 

@@ -125,7 +125,7 @@ class JsonReader:
     def _entries_ahead(self) -> dict[str, Any]:
         """Decode the entries of a table that lie whole in this piece, but for the last, and pass.
 
-        None if the comma after them is not plain to see, or anything is wrong with them: who
+        Empty if the comma after them is not plain to see, or anything is wrong with them: who
         reads entries one by one finds out what, and where.
         """
         if not self._is_plain:

@@ -411,6 +411,19 @@ def test_what_rests_in_memory_is_not_written_again(tmp_path: Path) -> None:
     assert shards_in(tmp_path / "off") == before
 
 
+def edit_before_hiding(net: torch.nn.Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the weight edited by somebody who lets go of it before the next commit hides it."""
+    in_use = [net.weight]
+    hide = Parting.hide
+
+    def edited_before(self: Parting) -> Any:
+        while in_use:
+            in_use.pop().data.add_(1)
+        return hide(self)
+
+    monkeypatch.setattr(Parting, "hide", edited_before)
+
+
 @pytest.mark.parametrize("mode", ["mapped", "streamed"])
 def test_an_edit_in_the_moment_before_it_is_hidden(
     mode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -421,15 +434,7 @@ def test_an_edit_in_the_moment_before_it_is_hidden(
     with torch.device("meta"):
         empty = torch.nn.Linear(256, 256, bias=False)
     net = diskoffload.open_checkpoint(source, model=empty, offload_dir=tmp_path / "off", mode=mode)
-    in_use = [net.weight]
-    hide = Parting.hide
-
-    def edited_before(self: Parting) -> Any:
-        while in_use:
-            in_use.pop().data.add_(1)
-        return hide(self)
-
-    monkeypatch.setattr(Parting, "hide", edited_before)
+    edit_before_hiding(net, monkeypatch)
     for _ in range(2):
         diskoffload.commit(net)
         with torch.device("meta"):
@@ -514,15 +519,7 @@ def test_an_edit_in_that_moment_of_what_is_in_a_file_of_ours(
     diskoffload.offload_model(net, "cpu", "disk", offload_dir=tmp_path / "off", mode=mode)
     settle(net)
     expected = net.weight.detach() + 1
-    in_use = [net.weight]
-    hide = Parting.hide
-
-    def edited_before(self: Parting) -> Any:
-        while in_use:
-            in_use.pop().data.add_(1)
-        return hide(self)
-
-    monkeypatch.setattr(Parting, "hide", edited_before)
+    edit_before_hiding(net, monkeypatch)
     for _ in range(3):
         diskoffload.commit(net)
         again = torch.nn.Linear(256, 256, bias=False)
