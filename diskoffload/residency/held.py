@@ -30,6 +30,7 @@ from diskoffload.store.pieces import Streamable
 from diskoffload.store.stored import ShardTensor
 from diskoffload.store.writer import Ticket, digest_of
 from diskoffload.system.memory import Memory
+from diskoffload.system.write_watch import Mark
 
 
 class State(enum.Enum):
@@ -135,6 +136,7 @@ class Held:
         "_address",
         "_digest",
         "_lent",
+        "_mark",
         "_object",
         "_strides",
         "_template",
@@ -177,6 +179,7 @@ class Held:
         self.views: weakref.WeakSet[Held] | None = None
         self._template = template
         self._digest = b""
+        self._mark: Mark | None = None
         self._address = 0
         self._strides: tuple[int, ...] = ()
         for shown in (tensor, template):
@@ -332,13 +335,20 @@ class Held:
 
     # ------------------------------------------------------------ what lies beneath
 
-    def lay(self, value: torch.Tensor, state: State, digest: bytes = b"") -> None:
+    def lay(
+        self,
+        value: torch.Tensor,
+        state: State,
+        digest: bytes = b"",
+        mark: Mark | None = None,
+    ) -> None:
         """Put memory beneath the object; ``value``'s other users keep sharing it.
 
         Args:
             value: the memory.
             state: what it is.
             digest: of its bytes, where that is known.
+            mark: of its bytes, where they were marked: no digest is needed then.
         """
         self.buffer = None
         self.wake()
@@ -352,10 +362,11 @@ class Held:
             tensor.data = value.detach()
         self.state = state
         self._strides = tensor.stride()
+        self._mark = mark
         if state is State.BENEATH:
             self._address = tensor.data_ptr()
         elif state is State.LOADED:
-            self._digest = digest or digest_of(tensor)
+            self._digest = digest if digest or mark else digest_of(tensor)
         for view in following:
             assert view.backing is not None  # it says which part of this it is
             view.lay(view.backing.view_of(tensor), State.BENEATH)
@@ -367,6 +378,7 @@ class Held:
         """Give another entry, whose object lies on the same memory, all that is known of it."""
         heir.state, heir.ticket, heir.buffer = self.state, self.ticket, self.buffer
         heir._digest, heir._address, heir._strides = self._digest, self._address, self._strides
+        heir._mark = self._mark
         self.ticket = self.buffer = None
         self.wake()
 
@@ -539,8 +551,30 @@ class Held:
         if self.state is State.BENEATH:
             moved = self.tensor.data_ptr() != self._address
             return moved or self.backing.was_edited(self.tensor)
+        written = self._was_written(self.tensor)
+        if written is False:
+            return False
+        if self._mark is not None and not self._digest:
+            if written:
+                return True
+            # A forked child is not told: it compares with what was read.
+            self._digest = digest_of(self.backing.load(self.tensor.device))
         known = self.check.digest if self.check is not None else b""
         return (known or digest_of(self.tensor)) != self._digest
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether the kernel notes what is written to the value, so that no digest is needed."""
+        return self._mark is not None
+
+    def _was_written(self, tensor: torch.Tensor) -> bool | None:
+        """Whether the kernel tells that the value as it was laid was written to or replaced."""
+        mark = self._mark
+        if mark is None:
+            return None
+        if tensor.data_ptr() != mark.address or tensor.is_conj() or tensor.is_neg():
+            return True  # it was given another memory, or a view of this one as its value
+        return mark.was_written()
 
     def mapped_span(self) -> tuple[int, int] | None:
         """Give the addresses from and to which it lies on its file, just as it was laid there."""

@@ -177,7 +177,7 @@ class Residency:
                 if root.state is State.BENEATH and root.backing and root.backing.memory is None:
                     self._window.enter(root)
                     self._look_at_what_leaves()
-                    self._mapped.note_read(root, self._allowance.room_bytes(0))
+                    self._mapped.note_read(root, self._allowance.free_bytes())
                 tensor = held.publish()
                 if is_streamed and self._streaming.may_look_ahead:
                     self._look_ahead()  # not in the place of this one, which is in use
@@ -194,7 +194,7 @@ class Residency:
 
     def _look_at_what_leaves(self) -> None:
         """Write edits of mapped entries that were not read lately, and have their pages back."""
-        available = self._allowance.room_bytes(0)
+        available = self._allowance.free_bytes()
         most = available if self.max_bytes is None else min(available, self.max_bytes)
         self._window.shrink(max(_LEAST_WINDOW_BYTES, most // _WINDOW_SHARE), _LOOKS)
         for held in self._window.to_look_at(_LOOKS):
@@ -259,8 +259,8 @@ class Residency:
         nbytes = stored.nbytes
         if not self._streaming.is_ahead(held, stored):
             self.make_room(pieces_of(stored).room_bytes)
-        value, digest, fill = self._streaming.take(held, stored, self._look_ahead)
-        held.lay(value, State.LOADED, digest)
+        value, fill = self._streaming.take(held, stored, self._look_ahead)
+        held.lay(value, State.LOADED, fill.digest, fill.mark)
         held.buffer = fill.buffer
         self._note_loaded(held, nbytes)
 
@@ -285,11 +285,12 @@ class Residency:
     def begin_release(self, held: Held) -> int:
         """Hide an entry and begin to look for edits; give its bytes, 0 if it cannot leave.
 
-        What cannot be looked at beside leaves at once. See :class:`Leaving`; the lock is held.
+        What cannot be looked at beside, or need not be, leaves at once. See :class:`Leaving`;
+        the lock is held.
         """
         if held.state is not State.LOADED or held.is_lent or not self._withdraw(held):
             return 0
-        data = held.as_filled()
+        data = None if held.is_marked else held.as_filled()
         if data is None:
             return self.released_bytes(held)
         go_on = partial(_go_on_reading, weakref.ref(self))

@@ -4,8 +4,9 @@ A model that is larger than memory and is read over and over defeats the kernel'
 was read longest ago leaves first, and that is what is needed next. Here as much stays as the
 budget allows, spread evenly over a pass, and what is needed next is read while this is computed
 with. A buffer is used again only when nothing refers to it any more and its value is known not
-to have been edited: an entry is hidden from readers, its value is digested by a thread that
-reads, and its buffer is taken then, unless somebody read it meanwhile.
+to have been edited. Where the kernel tells what was written to, that is asked for as an entry
+leaves; elsewhere an entry is hidden from readers, its value is digested by a thread that reads,
+and its buffer is taken then, unless somebody read it meanwhile.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from diskoffload.residency.held import Held, State
 from diskoffload.store.buffers import Buffers
 from diskoffload.store.fills import Check, Fill, Filling
 from diskoffload.store.pieces import Streamable, pieces_of
+from diskoffload.system.write_watch import write_watch
 
 Mode = Literal["auto", "mapped", "streamed"]
 """How weights are held that lie on disk as they are used, on the CPU."""
@@ -56,7 +58,10 @@ class Leaving(Protocol):
     """How an entry's memory is taken."""
 
     def begin_release(self, held: Held) -> int:
-        """Hide an entry and begin to look for edits; give its bytes, 0 if it cannot leave."""
+        """Hide an entry and begin to look for edits; give its bytes, 0 if it cannot leave.
+
+        One that need not be looked at so leaves at once, and is vacant then.
+        """
 
     def released_bytes(self, held: Held) -> int:
         """Take an entry's memory if nothing uses it; give how much that was."""
@@ -78,6 +83,7 @@ class Streaming:
         self.least_bytes = _LEAST_BYTES
         self.is_on = mode == "streamed"
         self.buffers = Buffers()
+        self._has_begun = False
         self._filling = Filling()
         weakref.finalize(self, setattr, self._filling, "is_over", True)
         self._fills: weakref.WeakKeyDictionary[Held, Fill] = weakref.WeakKeyDictionary()
@@ -146,8 +152,8 @@ class Streaming:
 
     def take(
         self, held: Held, stored: Streamable, meanwhile: Callable[[], None]
-    ) -> tuple[torch.Tensor, bytes, Fill]:
-        """Give an entry's value in a buffer, read ahead or now, and its digest.
+    ) -> tuple[torch.Tensor, Fill]:
+        """Give an entry's value in a buffer, read ahead or now.
 
         Args:
             held: the entry.
@@ -162,8 +168,7 @@ class Streaming:
         self._rest_reads = 0
         fill = self._fills.get(held)
         if fill is None or fill.stored is not stored:
-            fill = self._filling.begin(stored, self.buffers)
-            self._fills[held] = fill  # it is counted while it is waited for
+            fill = self._begin(held, stored)  # it is counted while it is waited for
         self._awaited = fill
         try:
             while not fill.has_ended:
@@ -172,7 +177,16 @@ class Streaming:
         finally:
             self._awaited = None
             self._fills.pop(held, None)
-        return (*fill.value(), fill)
+        return fill.value(), fill
+
+    def _begin(self, held: Held, stored: Streamable) -> Fill:
+        if not self._has_begun:
+            self._has_begun = True
+            self.buffers.watch = watch = write_watch()
+            how = "by digests" if watch is None else "by asking the kernel what was written to"
+            _log.info("edits of streamed weights are found %s", how)
+        fill = self._fills[held] = self._filling.begin(stored, self.buffers)
+        return fill
 
     def wake(self) -> None:
         """Have who waits for an entry look whether more can be read ahead. Needs no lock."""
@@ -222,13 +236,13 @@ class Streaming:
             while used_bytes + nbytes > budget_bytes:
                 freed_bytes = self._freed_bytes(leaving)
                 if not freed_bytes:
-                    self._begin_to_leave(held, stored.nbytes, leaving)
+                    freed_bytes = self._begin_to_leave(held, stored.nbytes, leaving)
+                if not freed_bytes:
                     self._rest_reads = 0 if self._leaving else _REST_READS
                     return
                 used_bytes -= freed_bytes
             self.buffers.shrink(budget_bytes - used_bytes - nbytes, spare_bytes=nbytes)
-            fill = self._filling.begin(stored, self.buffers)
-            self._fills[held] = fill
+            fill = self._begin(held, stored)
             used_bytes += fill.nbytes
             ahead_bytes += fill.nbytes
         self._rest_reads = looked_at // 2
@@ -248,21 +262,28 @@ class Streaming:
                 return freed_bytes
         return 0
 
-    def _begin_to_leave(self, coming: Held, wanted_bytes: int, leaving: Leaving) -> None:
-        """Have others leave as soon as they were looked at for edits, which takes a moment."""
+    def _begin_to_leave(self, coming: Held, wanted_bytes: int, leaving: Leaving) -> int:
+        """Have others leave as soon as they were looked at for edits, which takes a moment.
+
+        Give the bytes of those that left at once.
+        """
+        freed_bytes = 0
         for ref in self._leaving:
             held = ref()
             if held is not None and held.check is not None:
                 wanted_bytes -= held.nbytes
         for held in self._should_leave():
             if wanted_bytes <= 0:
-                return
+                break
             if self._foresight.is_needed_before(held, coming):
                 continue
             nbytes = leaving.begin_release(held)
-            if nbytes:
+            wanted_bytes -= nbytes
+            if held.check is None:
+                freed_bytes += nbytes
+            elif nbytes:
                 self._leaving.append(weakref.ref(held))
-                wanted_bytes -= nbytes
+        return freed_bytes
 
     def _should_leave(self) -> Iterator[Held]:
         """Give the loaded entries that are not leaving, those first that should; each once."""
@@ -293,4 +314,5 @@ class Streaming:
             for held in filter(None, (ref() for ref in self._leaving)):
                 held.wake()
             self._leaving.clear()
+            self.buffers, self._has_begun = Buffers(), False  # their memory is watched there
             self._pid = os.getpid()

@@ -10,17 +10,23 @@ import threading
 from collections import defaultdict
 
 from diskoffload.system.memory import Memory, anonymous
+from diskoffload.system.write_watch import WriteWatch
 
-# Sizes are rounded up, so that tensors of nearly the same size share buffers: at most a
-# sixteenth is wasted, and of the untouched rest nothing is ever taken from the system.
-_GRAIN = 16
+# Sizes are rounded up, so that tensors of nearly the same size share buffers: at most a part in
+# 64 is wasted, and of an untouched rest nothing is ever taken from the system.
+_GRAIN = 64
 _LEAST_GRAIN_BYTES = 64 << 10
 
 
 class Buffers:
-    """Buffers that nobody uses now. Thread-safe."""
+    """Buffers that nobody uses now. Thread-safe.
 
-    def __init__(self) -> None:
+    Attributes:
+        watch: tells what was written to them, if the kernel does.
+    """
+
+    def __init__(self, watch: WriteWatch | None = None) -> None:
+        self.watch = watch
         self._lock = threading.Lock()
         self._free: defaultdict[int, list[Memory]] = defaultdict(list)
         self._free_bytes = 0
@@ -37,12 +43,19 @@ class Buffers:
             StorageError: the system has no memory.
         """
         size_bytes = _rounded(nbytes)
+        memory = None
         with self._lock:
             same = self._free.get(size_bytes)
             if same:
                 self._free_bytes -= size_bytes
-                return same.pop()
-        return anonymous(size_bytes)
+                memory = same.pop()
+        if memory is None:
+            memory = anonymous(size_bytes)
+            if self.watch is not None:
+                self.watch.watch(memory)
+        elif self.watch is not None:
+            self.watch.open(memory)
+        return memory
 
     def give(self, memory: Memory) -> None:
         """Take a buffer back, unless something still refers to it: then it is theirs."""

@@ -1,9 +1,10 @@
 """Stored tensors on their way into buffers, read past the page cache by threads of their own.
 
 Two threads with pieces of some MiB each keep a device busy at a thirtieth of what mapped reads
-cost the processor (measured). A tensor is digested by whoever reads its last piece: that is
-compared with its checksum, where it has one, and later tells whether it was edited. The digest
-for that is made by the same threads, so that whoever computes need not.
+cost the processor (measured). Whoever reads a tensor's last piece compares it with its checksum,
+where it has one, and marks its memory: the kernel tells later whether it was written to. Where it
+does not, a digest is made then and one as it leaves, by the same threads, so that whoever computes
+need not.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import xxhash
 from diskoffload.store.buffers import Buffers
 from diskoffload.store.pieces import Hand, Pieces, Streamable, pieces_of
 from diskoffload.system.memory import Memory
+from diskoffload.system.write_watch import Mark, WriteWatch
 
 _READERS = 2
 # One more digests what was read and what is to be read over: the device must not wait for that,
@@ -35,11 +37,18 @@ class Fill:
     Attributes:
         stored: where it comes from.
         buffer: where it goes.
+        mark: of the value's memory, once it is there; ``None`` where nothing can be marked.
+        digest: of the value's bytes, once it is there; empty if none was needed.
     """
 
-    def __init__(self, stored: Streamable, pieces: Pieces, buffer: Memory) -> None:
+    def __init__(
+        self, stored: Streamable, pieces: Pieces, buffer: Memory, watch: WriteWatch | None
+    ) -> None:
         self.stored = stored
         self.buffer = buffer
+        self.mark: Mark | None = None
+        self.digest = b""
+        self._watch = watch
         self.is_abandoned = False
         self._pieces = pieces
         self._left = len(pieces.ranges)
@@ -47,15 +56,14 @@ class Fill:
         self._changed = threading.Condition(threading.Lock())
         self._has_ended = self._has_news = False
         self._error: BaseException | None = None
-        self._digest = b""
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that it takes."""
         return self.buffer.nbytes
 
-    def value(self) -> tuple[torch.Tensor, bytes]:
-        """Wait for the tensor; give it, and the digest of its bytes.
+    def value(self) -> torch.Tensor:
+        """Wait for the tensor; give it.
 
         The tensor aliases the buffer, which must not be used otherwise while it lives.
 
@@ -68,8 +76,7 @@ class Fill:
             error, self._error = self._error, None
             raise error
         stored = self.stored
-        tensor = self.buffer.tensor(stored.dtype, stored.shape, self._place)
-        return tensor, self._digest
+        return self.buffer.tensor(stored.dtype, stored.shape, self._place)
 
     def read(self, start: int, stop: int, hand: Hand) -> bool:
         """Read a piece; tell whether it was the last, after which :meth:`finish` is called."""
@@ -86,12 +93,20 @@ class Fill:
         """Make the value of what was read."""
         try:
             if self._error is None and not self.is_abandoned:
-                self._place, self._digest = self._pieces.finish(self.buffer)
+                self._finish()
         except BaseException as error:
             self._error = error
         with self._changed:
             self._has_ended = True
             self._changed.notify_all()
+
+    def _finish(self) -> None:
+        pieces, buffer, nbytes = self._pieces, self.buffer, self.stored.nbytes
+        self._place, self.digest = pieces.finish(buffer, digests=self._watch is None)
+        if self._watch is not None and nbytes:
+            self.mark = self._watch.mark(buffer, self._place, nbytes)
+        if not self.digest and self.mark is None:
+            self.digest = xxhash.xxh3_128_digest(buffer.view(self._place, nbytes))
 
     def wait(self) -> None:
         """Wait until nothing of it is read any more."""
@@ -171,7 +186,7 @@ class Filling:
             StorageError: the system has no memory for it.
         """
         pieces = pieces_of(stored)
-        fill = Fill(stored, pieces, buffers.take(pieces.room_bytes))
+        fill = Fill(stored, pieces, buffers.take(pieces.room_bytes), buffers.watch)
         if self._pid != os.getpid():  # the threads are the parent's, and so may be the lock
             self._begin_anew()
         with self._changed:

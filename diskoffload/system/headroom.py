@@ -194,6 +194,11 @@ class Headroom:
         """Return the bytes that can be taken now, at least 0; up to ``refresh_seconds`` old."""
         return self._latest().available_bytes
 
+    @property
+    def measured_at_seconds(self) -> float:
+        """When what :meth:`available_bytes` returned last was measured, by the monotonic clock."""
+        return -1.0 if self._reading is None else self._reading.at_seconds
+
     def limit_bytes(self) -> int:
         """Return the bytes that the process could ever have, were it alone: never cached."""
         limits = (group.limit_bytes() for group in self._groups())

@@ -27,6 +27,7 @@ from diskoffload.errors import StorageError
 from diskoffload.system.portable import IS_LINUX, proc
 
 PAGE_BYTES = mmap.PAGESIZE
+HUGE_PAGE_BYTES = 2 << 20
 
 # mman.h on Linux; absent from the mmap module before Python 3.13. Elsewhere either nothing is
 # reserved anyway, or a file larger than memory is refused and then read.
@@ -135,13 +136,13 @@ def _unmap(address: int, nbytes: int) -> None:
     _libc.munmap(address, nbytes)
 
 
-def _map(nbytes: int, protection: int, flags: int, fd: int, what: str) -> Memory:
+def _map(nbytes: int, protection: int, flags: int, fd: int, what: str) -> int:
     address = _libc.mmap(None, nbytes, protection, flags, fd, 0)
     if address == _MAP_FAILED:
         code = ctypes.get_errno()
         hint = _about_full() if code == errno.ENOMEM else "check that the file system supports mmap"
         raise StorageError(code, f"cannot map {what} ({nbytes} bytes): {os.strerror(code)}; {hint}")
-    return Memory(address, nbytes)
+    return int(address)
 
 
 def _about_full() -> str:
@@ -179,7 +180,8 @@ def map_file(fd: int, nbytes: int, what: str) -> Memory:
         StorageError: the system refuses the mapping.
     """
     protection = mmap.PROT_READ | mmap.PROT_WRITE
-    return _map(nbytes, protection, mmap.MAP_PRIVATE | _MAP_NORESERVE, fd, what)
+    flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
+    return Memory(_map(nbytes, protection, flags, fd, what), nbytes)
 
 
 def anonymous(nbytes: int) -> Memory:
@@ -190,10 +192,20 @@ def anonymous(nbytes: int) -> Memory:
     """
     nbytes = max(nbytes, 1)
     protection = mmap.PROT_READ | mmap.PROT_WRITE
-    memory = _map(nbytes, protection, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, "memory")
-    if IS_LINUX and nbytes >= _HUGE_FROM_BYTES:
-        _libc.madvise(memory.address, nbytes, _MADV_HUGEPAGE)
-    return memory
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    if not IS_LINUX or nbytes < _HUGE_FROM_BYTES:
+        return Memory(_map(nbytes, protection, flags, -1, "memory"), nbytes)
+    # It begins with a huge page, so that none lies across its end: half of one would be wasted,
+    # and what is used by two buffers is given back with neither.
+    first = _map(nbytes + HUGE_PAGE_BYTES, protection, flags, -1, "memory")
+    before = -first % HUGE_PAGE_BYTES
+    if before:
+        _unmap(first, before)
+    address = first + before
+    stop = -(-(address + nbytes) // PAGE_BYTES) * PAGE_BYTES
+    _unmap(stop, first + nbytes + HUGE_PAGE_BYTES - stop)
+    _libc.madvise(address, nbytes, _MADV_HUGEPAGE)
+    return Memory(address, nbytes)
 
 
 def empty(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

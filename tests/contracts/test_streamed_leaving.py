@@ -1,4 +1,4 @@
-"""How a streamed weight leaves memory: looked at for edits by another thread, never unseen."""
+"""How a streamed weight leaves memory: looked at for edits by the kernel or another thread."""
 
 from __future__ import annotations
 
@@ -10,13 +10,33 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from threaded import in_a_child
 
 import diskoffload
 from diskoffload.residency import held as held_module
+from diskoffload.residency import streaming
+from diskoffload.store import pieces
 from diskoffload.store.fills import Check
+from diskoffload.system.write_watch import write_watch
 
 LAYERS, WIDTH = 24, 512  # 1 MiB each
 BUDGET_BYTES = 12 << 20
+
+
+@pytest.fixture
+def digested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the kernel tell of no edits, as most containers' and older ones do not."""
+    monkeypatch.setattr(streaming, "write_watch", lambda: None)
+
+
+@pytest.fixture
+def told() -> None:
+    """Leave out what needs a kernel that tells of edits."""
+    if write_watch() is None:
+        pytest.skip("this kernel does not tell what was written to (Linux 6.7 and userfaultfd)")
+
+
+both = pytest.mark.parametrize("found", ["told", "digested"])
 
 
 def opened(folder: Path) -> tuple[torch.nn.Sequential, Any]:
@@ -51,6 +71,7 @@ def made_later(residency: Any, monkeypatch: pytest.MonkeyPatch) -> list[Check]:
     return made
 
 
+@pytest.mark.usefixtures("digested")
 def test_who_computes_digests_next_to_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,7 +93,79 @@ def test_who_computes_digests_next_to_nothing(
     assert digested.count(threading.get_ident()) <= residency.loaded_count // 3
 
 
-def test_edits_of_a_model_larger_than_the_budget_are_seen_at_every_pass(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("told")
+def test_nothing_is_digested_where_the_kernel_tells_of_edits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, model = opened(tmp_path)
+
+    def refuse(data: object) -> bytes:
+        raise AssertionError(f"{data} was digested")
+
+    monkeypatch.setattr(held_module, "digest_of", refuse)
+    monkeypatch.setattr(pieces.xxhash, "xxh3_128_digest", refuse)
+    for _ in range(4):
+        assert sums(model) == sums(plain)
+    residency = model[0]._parameters.residency
+    assert residency.loaded_count > 3 * LAYERS // 2
+    assert residency.loaded_bytes <= BUDGET_BYTES
+
+
+@pytest.mark.usefixtures("told")
+def test_what_the_kernel_tells_nothing_of_leaves_at_once(tmp_path: Path) -> None:
+    plain, model = opened(tmp_path)
+    residency = model[0]._parameters.residency
+    held = dict(model[3]._parameters.held_items())["weight"]
+    model[3].weight.data.add_(0)  # the value stays, but it was written
+    assert residency.begin_release(held) == WIDTH * WIDTH * 4
+    assert held.state is held_module.State.FRESH
+    assert torch.equal(model[3].weight, plain[3].weight)  # type: ignore[arg-type]
+    held = dict(model[4]._parameters.held_items())["weight"]
+    model[4].weight  # noqa: B018 - reads it
+    assert residency.begin_release(held) == WIDTH * WIDTH * 4
+    assert held.state is held_module.State.VACANT
+
+
+@pytest.mark.usefixtures("told")
+def test_another_memory_that_was_put_beneath_is_an_edit(tmp_path: Path) -> None:
+    plain, model = opened(tmp_path)
+    weight = model[3].weight
+    weight.data = weight.data.clone().mul_(3)
+    del weight
+    sums(model)
+    sums(model)
+    assert torch.equal(model[3].weight, plain[3].weight * 3)  # type: ignore[operator]
+
+
+@both
+def test_a_forked_child_reads_all_of_it_within_the_budget(
+    tmp_path: Path, request: pytest.FixtureRequest, found: str
+) -> None:
+    """It is told of no edits: what its parent had read is compared with the file as it leaves."""
+    request.getfixturevalue(found)
+    plain, model = opened(tmp_path)
+    sums(model)
+    with torch.no_grad():
+        model[5].weight.mul_(2)
+    wanted = sums(plain)
+    wanted[5] *= 2
+    residency = model[0]._parameters.residency
+
+    def read() -> None:
+        torch.set_num_threads(1)  # those of the parent are not here
+        for _ in range(2):
+            assert sums(model) == wanted
+            assert residency.loaded_bytes <= BUDGET_BYTES
+
+    in_a_child(read)
+    assert sums(model) == wanted
+
+
+@both
+def test_edits_of_a_model_larger_than_the_budget_are_seen_at_every_pass(
+    tmp_path: Path, request: pytest.FixtureRequest, found: str
+) -> None:
+    request.getfixturevalue(found)
     plain, model = opened(tmp_path)
     for _ in range(3):
         for layer, other in zip(model, plain, strict=True):
@@ -81,6 +174,7 @@ def test_edits_of_a_model_larger_than_the_budget_are_seen_at_every_pass(tmp_path
         assert sums(model) == sums(plain)
 
 
+@pytest.mark.usefixtures("digested")
 def test_what_is_read_again_while_it_is_looked_at_may_be_edited(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +193,7 @@ def test_what_is_read_again_while_it_is_looked_at_may_be_edited(
     assert torch.equal(model[3].weight, plain[3].weight + 1)  # type: ignore[operator]
 
 
+@pytest.mark.usefixtures("digested")
 def test_what_somebody_knows_weakly_is_not_looked_at_beforehand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,7 +213,11 @@ def test_what_somebody_knows_weakly_is_not_looked_at_beforehand(
     assert torch.equal(model[3].weight, plain[3].weight + 1)  # type: ignore[operator]
 
 
-def test_what_leaves_is_spread_evenly_over_a_pass(tmp_path: Path) -> None:
+@both
+def test_what_leaves_is_spread_evenly_over_a_pass(
+    tmp_path: Path, request: pytest.FixtureRequest, found: str
+) -> None:
+    request.getfixturevalue(found)
     _, model = opened(tmp_path)
     for _ in range(4):
         sums(model)

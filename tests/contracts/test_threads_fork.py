@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import gc
-import os
-import select
-import signal
 import subprocess
 import sys
 import textwrap
 import threading
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from threaded import GatedFiles, Shelf, value_of, work_together
+from threaded import CHILD_SECONDS, GatedFiles, Shelf, in_a_child, value_of, work_together
 
 import diskoffload
 from diskoffload.residency.resident import Residency
@@ -28,7 +23,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "zstd": {"compression": "zstd"},
     "elsewhere": {"onload_device": "cpu:0"},
 }
-_CHILD_SECONDS = 20.0
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 
@@ -36,30 +30,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 @pytest.fixture(params=WAYS)
 def options(request: pytest.FixtureRequest) -> dict[str, Any]:
     return dict(WAYS[request.param])
-
-
-def in_a_child(action: Callable[[], object], patience_seconds: float = _CHILD_SECONDS) -> None:
-    """Do something in a forked child; what it raises is this process's failure too."""
-    sys.stdout.flush()
-    receiver, sender = os.pipe()
-    pid = os.fork()
-    if not pid:
-        try:
-            action()
-            os.write(sender, b"fine")
-        except BaseException:
-            os.write(sender, traceback.format_exc()[-4000:].encode())
-        finally:
-            os._exit(0)
-    os.close(sender)
-    try:
-        ready, _, _ = select.select([receiver], [], [], patience_seconds)
-        said = os.read(receiver, 8192).decode() if ready else "the child waits for ever"
-    finally:
-        os.close(receiver)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    assert said == "fine", said
 
 
 def files_of(shelf: Shelf) -> set[str]:
@@ -76,7 +46,7 @@ def test_a_child_reads_while_the_writer_has_work(options: dict[str, Any], tmp_pa
         for entry, how in enumerate(("update", "assign", "update")):
             shelf.change(entry, how)
         shelf.change(3, "assign")  # this one waits for its turn
-        assert files.arrived.wait(_CHILD_SECONDS)
+        assert files.arrived.wait(CHILD_SECONDS)
         in_a_child(shelf.read_all)
     shelf.read_all()
     shelf.sync()
@@ -191,7 +161,7 @@ def test_a_fork_while_another_thread_is_in_the_middle_of_something(tmp_path: Pat
     opening = threading.Timer(1.0, files.gate.set)
     with files.shut():
         syncing.start()
-        assert files.arrived.wait(_CHILD_SECONDS)
+        assert files.arrived.wait(CHILD_SECONDS)
         opening.start()  # a fork may wait until what others do is done
         try:
             in_a_child(shelf.read_all, 5.0)

@@ -1,10 +1,14 @@
-"""Threads that work on one model, and values that say of themselves whether they are right."""
+"""Threads and children that work on one model, and values that tell whether they are right."""
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +24,33 @@ from diskoffload.system.files import Files
 _ENTRIES = 16
 _SIZE = 2048  # two pages and more, so that a torn or misplaced one is seen
 PATIENCE_SECONDS = 60.0
+CHILD_SECONDS = 20.0
 # More than any budget: whatever may leave leaves.
 ALL_BYTES = 1 << 60
+
+
+def in_a_child(action: Callable[[], object], patience_seconds: float = CHILD_SECONDS) -> None:
+    """Do something in a forked child; what it raises is this process's failure too."""
+    sys.stdout.flush()
+    receiver, sender = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            action()
+            os.write(sender, b"fine")
+        except BaseException:
+            os.write(sender, traceback.format_exc()[-4000:].encode())
+        finally:
+            os._exit(0)
+    os.close(sender)
+    try:
+        ready, _, _ = select.select([receiver], [], [], patience_seconds)
+        said = os.read(receiver, 8192).decode() if ready else "the child waits for ever"
+    finally:
+        os.close(receiver)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert said == "fine", said
 
 
 def value_of(entry: int, version: int) -> torch.Tensor:

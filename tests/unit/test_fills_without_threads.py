@@ -35,5 +35,5 @@ def test_a_value_is_read_whole(
     monkeypatch.setattr(threading.Thread, "start", limited)
     filling, buffers = Filling(), Buffers()
     for name, wanted in (("a", value), ("b", value + 1)):
-        found, _ = filling.begin(stored[name], buffers).value()
+        found = filling.begin(stored[name], buffers).value()
         assert torch.equal(found, wanted)

@@ -48,6 +48,6 @@ def test_a_tensor_is_cut_into_equal_parts_of_whole_blocks(
 @pytest.mark.parametrize("offset", [128, 128 + 8, 128 + 6])
 def test_a_value_is_aligned_whatever_its_file_does(tmp_path: Path, offset: int) -> None:
     value = torch.arange(100_000, dtype=torch.float32)
-    found, _ = Filling().begin(stored_at(tmp_path, value, offset), Buffers()).value()
+    found = Filling().begin(stored_at(tmp_path, value, offset), Buffers()).value()
     assert torch.equal(found, value)
     assert found.data_ptr() % 64 == 0
