@@ -150,12 +150,19 @@ def test_a_forked_child_reads_all_of_it_within_the_budget(
     wanted = sums(plain)
     wanted[5] *= 2
     residency = model[0]._parameters.residency
+    entries = [dict(layer._parameters.held_items())["weight"] for layer in model]
+    loaded = [one for one in entries if one.state is held_module.State.LOADED]
+    of_parent = [one for one in loaded if one is not entries[5]]  # a child writes no edits
+    assert len(of_parent) > 4
 
     def read() -> None:
         torch.set_num_threads(1)  # those of the parent are not here
+        assert all(residency.release(one) for one in of_parent[:2])
+        assert of_parent[0].state is of_parent[1].state is held_module.State.VACANT
         for _ in range(2):
             assert sums(model) == wanted
             assert residency.loaded_bytes <= BUDGET_BYTES
+        assert of_parent[0].is_marked == (found == "told" and bool(of_parent[0].buffer))
 
     in_a_child(read)
     assert sums(model) == wanted

@@ -6,6 +6,8 @@ import threading
 import time
 import weakref
 
+import pytest
+
 from diskoffload.residency.allowance import Allowance
 from diskoffload.residency.watching import Watching
 from diskoffload.system.headroom import Headroom, MachineMemory
@@ -45,6 +47,35 @@ def test_less_counts_at_once_and_more_only_where_it_is_much() -> None:
     assert found.budget_bytes(0, asked=True) == 900 * MIB
     machine.available_mib = 1412 + 91
     assert found.budget_bytes(0, asked=True) == 991 * MIB
+
+
+def test_more_that_stays_free_is_taken_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    machine = Machine(1512)
+    found = allowance(machine)
+
+    def granted_mib(available_mib: int, after_seconds: float) -> int:
+        now[0] += after_seconds
+        machine.available_mib = available_mib
+        return found.budget_bytes(0, asked=True) // MIB
+
+    assert granted_mib(1412, 0.1) == 900
+    assert [granted_mib(1432, 0.2), granted_mib(1452, 0.2)] == [900, 900]
+    assert granted_mib(1442, 0.3) == 920  # what there was all the time
+    assert [granted_mib(1442, 0.2), granted_mib(1432, 0.2), granted_mib(1442, 0.4)] == [920] * 3
+    assert granted_mib(1442, 0.2) == 920  # there was less meanwhile
+    assert granted_mib(1442, 0.4) == 930
+
+
+def test_what_we_gave_back_ourselves_is_not_missing() -> None:
+    machine = Machine(1512)
+    found = Allowance(None, Headroom(refresh_seconds=3600, proc="/nowhere", machine=machine))
+    assert found.budget_bytes(100 * MIB, asked=True) == 1100 * MIB
+    # It is not measured anew, and whatever we did since is as much in one as out of the other.
+    assert found.budget_bytes(50 * MIB, asked=True) == 1100 * MIB
+    assert found.budget_bytes(300 * MIB, asked=True) == 1100 * MIB
+    assert found.free_bytes() == 1512 * MIB
 
 
 def test_a_watch_ends_when_nothing_is_left_and_begins_again() -> None:

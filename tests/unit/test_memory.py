@@ -285,6 +285,18 @@ def test_anonymous_memory_goes_back_to_the_system() -> None:
     assert anonymous_bytes() - before < 4 * MIB
 
 
+def test_large_memory_takes_no_more_than_is_touched_but_for_pages() -> None:
+    """No huge page lies across its end: where one does, a buffer takes up to 2 MiB more."""
+    nbytes = 5 * MIB + 2 * PAGE_BYTES
+    before = anonymous_bytes()
+    memories = [anonymous(nbytes + MIB // 2) for _ in range(16)]
+    for memory in memories:
+        memory.tensor(torch.uint8, (nbytes,)).fill_(1)
+    assert anonymous_bytes() - before < 16 * (nbytes + PAGE_BYTES) + 2 * MIB
+    del memories, memory
+    assert anonymous_bytes() - before < 4 * MIB
+
+
 def test_empty_tensors_go_back_to_the_system() -> None:
     empty(torch.bfloat16, (4, MIB)).fill_(1)  # after this an allocator would keep the like
     before = anonymous_bytes()

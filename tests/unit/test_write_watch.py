@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from diskoffload.store.buffers import Buffers
 from diskoffload.system import write_watch as module
 from diskoffload.system.memory import PAGE_BYTES, Memory, anonymous
 from diskoffload.system.write_watch import Mark, WriteWatch, write_watch
@@ -105,6 +106,35 @@ def test_what_fills_an_opened_memory_is_not_told_after(watch: WriteWatch) -> Non
     watch.open(memory)
     memory.view()[:] = b"\2" * memory.nbytes
     assert mark_of(watch, memory).was_written() is False
+
+
+def huge_bytes(memory: Memory) -> int:
+    """Tell how much of a memory lies on huge pages."""
+    found, here = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0]:
+            start, stop = (int(text, 16) for text in line.split(" ")[0].split("-"))
+            here = memory.address <= start and stop <= memory.address + memory.nbytes
+        elif here and line.startswith("AnonHugePages:"):
+            found += int(line.split()[1]) * 1024
+    return found
+
+
+def test_what_is_filled_again_stays_on_huge_pages(watch: WriteWatch) -> None:
+    buffers, nbytes = Buffers(watch), 16 * MIB + 2 * PAGE_BYTES
+    memory = buffers.take(nbytes)
+    before = 0
+    for _ in range(3):
+        memory.view()[:] = b"\1" * memory.nbytes
+        before = before or huge_bytes(memory)
+        if not before:
+            pytest.skip("no huge pages here")
+        assert huge_bytes(memory) == before
+        mark = mark_of(watch, memory, 0, nbytes)
+        assert mark.was_written() is False
+        buffers.give(memory)
+        memory = buffers.take(nbytes)
+        assert memory.address == mark.address
 
 
 def test_the_memory_outlives_who_watched_it(watch: WriteWatch) -> None:
