@@ -61,7 +61,7 @@ def test_more_that_stays_free_is_taken_after_a_while(monkeypatch: pytest.MonkeyP
         return found.budget_bytes(0, asked=True) // MIB
 
     assert granted_mib(1412, 0.1) == 900
-    assert [granted_mib(1432, 0.2), granted_mib(1452, 0.2)] == [900, 900]
+    assert [granted_mib(1452, 0.2), granted_mib(1432, 0.2)] == [900, 900]
     assert granted_mib(1442, 0.3) == 920  # what there was all the time
     assert [granted_mib(1442, 0.2), granted_mib(1432, 0.2), granted_mib(1442, 0.4)] == [920] * 3
     assert granted_mib(1442, 0.2) == 920  # there was less meanwhile
