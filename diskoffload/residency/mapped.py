@@ -15,8 +15,9 @@ from diskoffload.errors import OffloadError
 from diskoffload.residency.foresight import Foresight
 from diskoffload.residency.held import Held, State
 from diskoffload.store.read_ahead import ReadAhead
+from diskoffload.store.shard import Shard
 from diskoffload.store.stored import ShardTensor
-from diskoffload.system.memory import can_discard, discard_written
+from diskoffload.system.memory import HUGE_PAGE_BYTES, can_discard, discard_written
 
 # Smaller ones the kernel reads well enough with their neighbours.
 _LEAST_BYTES = 128 << 10
@@ -42,6 +43,8 @@ class Mapped:
         self._misses = 0
         self._present: weakref.WeakKeyDictionary[Held, int] = weakref.WeakKeyDictionary()
         self._present_bytes = 0
+        self._on_pages: weakref.WeakKeyDictionary[Shard, dict[int, weakref.WeakSet[Held]]]
+        self._on_pages = weakref.WeakKeyDictionary()
         self._latest: deque[weakref.ref[Held]] = deque(maxlen=_CANDIDATES)
 
     def note_read(self, held: Held, room_bytes: int) -> None:
@@ -75,6 +78,8 @@ class Mapped:
         if held not in self._present:
             self._present[held] = nbytes
             self._present_bytes += nbytes
+            for _, others in self._edges(held):
+                others.add(held)
 
     def _look_ahead(self, most_bytes: int) -> None:
         if self._asked_bytes > most_bytes // 2:
@@ -107,24 +112,40 @@ class Mapped:
             return
         latest = [held for ref in self._latest if (held := ref()) is not None]
         for victim in self._foresight.latest_needed_first(latest):
-            if victim is now or victim not in self._present or not _give_back(victim):
+            if victim is now or victim not in self._present or not self._give_back(victim):
                 continue
             self._present_bytes -= self._present.pop(victim)
             if self._present_bytes <= most_bytes:
                 return
 
+    def _give_back(self, held: Held) -> bool:
+        """Give the kernel an entry's clean pages, unless something uses it or it was edited."""
+        stored = held.backing.plain_stored if held.backing is not None else None
+        held.unpublish()
+        span = held.mapped_span()
+        if stored is None or span is None or not held.is_unheld() or held.is_changed():
+            return False  # readers ask from now on: it may be one that is to be looked at for edits
+        address, end = span
+        discard_written(address, end - address)
+        # A huge page leaves as a whole, with the last of those that lie on it.
+        spec, before, after = stored.spec, 0, 0
+        for page, others in self._edges(held):
+            others.discard(held)
+            if not others:
+                before = max(before, spec.offset - page * HUGE_PAGE_BYTES)
+                after = max(after, (page + 1) * HUGE_PAGE_BYTES - spec.offset - spec.nbytes)
+        try:
+            stored.shard.drop_behind(spec, before=before, after=after)
+        except OffloadError:
+            return False  # the kernel will see for itself
+        return True
 
-def _give_back(held: Held) -> bool:
-    """Give the kernel an entry's clean pages, unless something uses it or it was edited."""
-    stored = held.backing.plain_stored if held.backing is not None else None
-    held.unpublish()
-    span = held.mapped_span()
-    if stored is None or span is None or not held.is_unheld() or held.is_changed():
-        return False  # readers ask from now on: it may be one that is to be looked at for edits
-    start, stop = span
-    discard_written(start, stop - start)
-    try:
-        stored.shard.drop_behind(stored.spec)
-    except OffloadError:
-        return False  # the kernel will see for itself
-    return True
+    def _edges(self, held: Held) -> list[tuple[int, weakref.WeakSet[Held]]]:
+        """Give the huge pages of a file in which an entry begins and ends, and who lies on them."""
+        stored = held.backing.plain_stored if held.backing is not None else None
+        if stored is None:
+            return []
+        spec = stored.spec
+        pages = {spec.offset // HUGE_PAGE_BYTES, (spec.offset + spec.nbytes - 1) // HUGE_PAGE_BYTES}
+        there = self._on_pages.setdefault(stored.shard, {})
+        return [(page, there.setdefault(page, weakref.WeakSet())) for page in pages]

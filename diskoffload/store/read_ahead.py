@@ -1,7 +1,7 @@
 """Bytes of files on their way into the page cache, ahead of whoever reads them mapped.
 
 With the kernel's usual 128 KiB of read-ahead a cold mapping is read at half of a device's speed,
-or less (measured): a thread of its own asks for more, earlier.
+or less (measured): a thread of its own has them read earlier, in huge pages where there are such.
 """
 
 from __future__ import annotations
@@ -10,32 +10,43 @@ import os
 import threading
 from collections import deque
 from contextlib import suppress
+from itertools import pairwise
 
 from diskoffload.errors import OffloadError
+from diskoffload.store.header import StoredSpec
 from diskoffload.store.stored import ShardTensor
+from diskoffload.system.memory import HUGE_PAGE_BYTES
+
+# One that waits for its huge page has the others' on their way meanwhile.
+_THREADS = 4
+_PIECE_BYTES = 2 * HUGE_PAGE_BYTES
 
 
 class ReadAhead:
-    """Asks the kernel for tensors' bytes. Thread-safe.
+    """Has the kernel read tensors' bytes. Thread-safe.
 
-    Its thread lives only while there is something to ask for. In a forked child it begins anew.
+    Its threads live only while there is something to ask for. In a forked child it begins anew.
     """
 
     def __init__(self) -> None:
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: deque[ShardTensor] = deque()
-        self._is_running = False
+        self._waiting: deque[tuple[ShardTensor, int, int]] = deque()
+        self._running = 0
         self._pid = os.getpid()
 
     def begin(self, wanted: list[ShardTensor]) -> None:
         """Ask for tensors, in this order, as far as they are not in the page cache already."""
-        if self._pid != os.getpid():  # the thread is the parent's, and so may be the lock
-            self._lock, self._pid, self._is_running = threading.Lock(), os.getpid(), False
+        if self._pid != os.getpid():  # the threads are the parent's, and so may be the lock
+            self._begin_anew()
         with self._lock:
-            self._waiting.extend(wanted)
-            starts = bool(self._waiting) and not self._is_running
-            self._is_running = self._is_running or starts
-        if starts:
+            for stored in wanted:
+                self._waiting.extend((stored, *part) for part in _pieces(stored.spec))
+            starting = max(0, min(_THREADS, len(self._waiting)) - self._running)
+            self._running += starting
+        for _ in range(starting):
             threading.Thread(target=self._work, name="diskoffload-ahead", daemon=True).start()
 
     def forget(self) -> None:
@@ -47,9 +58,17 @@ class ReadAhead:
         while True:
             with self._lock:
                 if not self._waiting:
-                    self._is_running = False
+                    self._running -= 1
                     return
-                stored = self._waiting.popleft()
+                stored, start, stop = self._waiting.popleft()
             with suppress(OffloadError):  # whoever reads it is told
-                stored.shard.prefetch(stored.spec)
+                stored.shard.populate(stored.spec, start, stop)
             del stored
+
+
+def _pieces(spec: StoredSpec) -> list[tuple[int, int]]:
+    """Cut a tensor where huge pages of its file begin."""
+    first = -spec.offset % HUGE_PAGE_BYTES
+    return list(
+        pairwise([0, *range(first or _PIECE_BYTES, spec.nbytes, _PIECE_BYTES), spec.nbytes])
+    )

@@ -19,7 +19,7 @@ from diskoffload.store.digests import Checking
 from diskoffload.store.header import LENGTH_BYTES, Header, StoredSpec, header_length, parse_header
 from diskoffload.store.shard_writer import ShardWriter
 from diskoffload.system.files import BLOCK_BYTES, Files, Identity
-from diskoffload.system.memory import Memory, discard_written
+from diskoffload.system.memory import Memory, discard_written, populate
 
 _STEP_BYTES = 4 << 20
 # Addresses may be had again later; a file system without mmap stays one.
@@ -413,10 +413,28 @@ class Shard:
         with self._opened() as fd:
             self._files.fetch_into_cache(fd, spec.offset + start, nbytes)
 
-    def drop_behind(self, spec: StoredSpec) -> None:
-        """Tell the kernel that a tensor's pages are of no more use; a hint, no promise."""
+    def populate(self, spec: StoredSpec, start: int, stop: int) -> None:
+        """Read some bytes of a tensor into the page cache, and lay them beneath the mapping.
+
+        Where that cannot be had, the kernel is asked to read them; raises as that does.
+        """
+        memory = self._memory
+        begin = spec.offset + start
+        if memory is None or not populate(memory.address + begin, stop - start):
+            self.prefetch(spec, start, stop)
+
+    def drop_behind(self, spec: StoredSpec, *, before: int = 0, after: int = 0) -> None:
+        """Tell the kernel that a tensor's pages are of no more use; a hint, no promise.
+
+        Pages, huge ones too, that are not wholly the tensor's stay.
+
+        Args:
+            spec: the tensor.
+            before: so many bytes before it are of no more use either.
+            after: and so many after it.
+        """
         with self._opened() as fd:
-            self._files.drop_from_cache(fd, spec.offset, spec.nbytes)
+            self._files.drop_from_cache(fd, spec.offset - before, before + spec.nbytes + after)
 
     def copy_to(
         self, spec: StoredSpec, writer: ShardWriter, name: str, digest: str | None = None

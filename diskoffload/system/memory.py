@@ -14,6 +14,7 @@ import ctypes
 import errno
 import mmap
 import os
+import re
 import sys
 import weakref
 from collections.abc import Iterator
@@ -35,8 +36,12 @@ _MAP_NORESERVE = 0x4000 if IS_LINUX else 0
 # The same number on Linux, macOS and the BSDs.
 _MAP_FIXED = 0x10
 _MAP_FAILED = ctypes.c_void_p(-1).value
+_MADV_RANDOM = 1
 _MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
+_MADV_POPULATE_READ = 22
+_PROT_NONE = 0
+_HUGE_READS_SINCE = (5, 18)
 _HUGE_FROM_BYTES = 4 << 20
 # The last mappings before the limit may be refused where one has to be split.
 _NEARLY_ALL = 0.99
@@ -136,13 +141,56 @@ def _unmap(address: int, nbytes: int) -> None:
     _libc.munmap(address, nbytes)
 
 
-def _map(nbytes: int, protection: int, flags: int, fd: int, what: str) -> int:
-    address = _libc.mmap(None, nbytes, protection, flags, fd, 0)
+def _map(nbytes: int, flags: int, fd: int, what: str) -> Memory:
+    """Map privately, to be read and written; large ones from a huge page's beginning on.
+
+    So none lies across the end of one, which would be taken whole, and be given back with neither
+    of the two that share it; and the kernel can lay huge pages of a file's cache beneath.
+    """
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
+    flags |= mmap.MAP_PRIVATE
+    is_huge = IS_LINUX and nbytes >= _HUGE_FROM_BYTES
+    place = _aligned_place(nbytes) if is_huge else None
+    if place is not None:
+        flags |= _MAP_FIXED
+    address = _libc.mmap(place, nbytes, protection, flags, fd, 0)
     if address == _MAP_FAILED:
         code = ctypes.get_errno()
+        if place is not None:
+            _unmap(place, nbytes)
         hint = _about_full() if code == errno.ENOMEM else "check that the file system supports mmap"
         raise StorageError(code, f"cannot map {what} ({nbytes} bytes): {os.strerror(code)}; {hint}")
-    return int(address)
+    if is_huge:
+        _libc.madvise(address, nbytes, _MADV_HUGEPAGE)
+        if fd >= 0 and _reads_huge_pages():
+            _libc.madvise(address, nbytes, _MADV_RANDOM)  # no more than what is touched
+    return Memory(int(address), nbytes)
+
+
+def _reads_huge_pages() -> bool:
+    """Whether a page that is missed in a mapping advised so is read with its huge page.
+
+    Linux 5.18 does (mm/filemap.c, do_sync_mmap_readahead). Before, and without huge pages, a
+    mapping that is to be read at random is read page by page.
+    """
+    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    version = (int(found[1]), int(found[2])) if found else (0, 0)
+    return version >= _HUGE_READS_SINCE and os.path.exists("/sys/kernel/mm/transparent_hugepage")
+
+
+def _aligned_place(nbytes: int) -> int | None:
+    """Reserve addresses for so many bytes from a huge page's beginning on, if they can be had."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    whole_bytes = nbytes + HUGE_PAGE_BYTES
+    first = _libc.mmap(None, whole_bytes, _PROT_NONE, flags, -1, 0)
+    if first == _MAP_FAILED:
+        return None
+    before = -first % HUGE_PAGE_BYTES
+    if before:
+        _unmap(first, before)
+    stop = -(-(first + before + nbytes) // PAGE_BYTES) * PAGE_BYTES
+    _unmap(stop, first + whole_bytes - stop)
+    return int(first + before)
 
 
 def _about_full() -> str:
@@ -179,9 +227,7 @@ def map_file(fd: int, nbytes: int, what: str) -> Memory:
     Raises:
         StorageError: the system refuses the mapping.
     """
-    protection = mmap.PROT_READ | mmap.PROT_WRITE
-    flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
-    return Memory(_map(nbytes, protection, flags, fd, what), nbytes)
+    return _map(nbytes, _MAP_NORESERVE, fd, what)
 
 
 def anonymous(nbytes: int) -> Memory:
@@ -190,22 +236,7 @@ def anonymous(nbytes: int) -> Memory:
     It goes back to the system as a whole when its last user goes, where the C library's
     allocator would keep it (762 MB after sixteen blocks of 64 MiB, on glibc 2.36).
     """
-    nbytes = max(nbytes, 1)
-    protection = mmap.PROT_READ | mmap.PROT_WRITE
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    if not IS_LINUX or nbytes < _HUGE_FROM_BYTES:
-        return Memory(_map(nbytes, protection, flags, -1, "memory"), nbytes)
-    # It begins with a huge page, so that none lies across its end: half of one would be wasted,
-    # and what is used by two buffers is given back with neither.
-    first = _map(nbytes + HUGE_PAGE_BYTES, protection, flags, -1, "memory")
-    before = -first % HUGE_PAGE_BYTES
-    if before:
-        _unmap(first, before)
-    address = first + before
-    stop = -(-(address + nbytes) // PAGE_BYTES) * PAGE_BYTES
-    _unmap(stop, first + nbytes + HUGE_PAGE_BYTES - stop)
-    _libc.madvise(address, nbytes, _MADV_HUGEPAGE)
-    return Memory(address, nbytes)
+    return _map(max(nbytes, 1), mmap.MAP_ANONYMOUS, -1, "memory")
 
 
 def empty(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
@@ -322,6 +353,25 @@ def _written_runs(first: int, last: int) -> Iterator[tuple[int, int]]:
                 yield (begin + start) * PAGE_BYTES, (begin + stop) * PAGE_BYTES
     finally:
         os.close(fd)
+
+
+def populate(address: int, nbytes: int) -> bool:
+    """Bring the pages of a file's mapping into memory, and beneath it; other threads run meanwhile.
+
+    From a large mapping the kernel reads huge pages then, where the file system has such (ext4
+    since Linux 6.16, xfs since 5.18): four threads read 1.6 GB at the device's 2.2 GB/s with 0.08 s
+    of processor, where a hint (``POSIX_FADV_WILLNEED``) and a fault for each page ran at 1.1 GB/s
+    with 0.63 s (measured).
+
+    Returns:
+        Whether that was done: Linux 5.14 knows the request (madvise(2), ``MADV_POPULATE_READ``),
+        and refuses it where a page cannot be had.
+    """
+    if not IS_LINUX:
+        return False
+    first = address // PAGE_BYTES * PAGE_BYTES
+    stop = -(-(address + nbytes) // PAGE_BYTES) * PAGE_BYTES
+    return bool(_libc.madvise(first, stop - first, _MADV_POPULATE_READ) == 0)
 
 
 def can_discard() -> bool:

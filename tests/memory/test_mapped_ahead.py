@@ -94,7 +94,7 @@ def test_what_comes_next_is_fetched(checkpoint: Path, tmp_path: Path) -> None:
 def test_what_is_needed_last_leaves_the_cache(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Allowance, "room_bytes", lambda self, ours_bytes: 50 * MIB)  # of 96
+    monkeypatch.setattr(Allowance, "free_bytes", lambda self: 50 * MIB)  # of 96
     model: Any = diskoffload.open_checkpoint(
         checkpoint, model=bare(), offload_dir=tmp_path / "offload", mode="mapped"
     )
@@ -130,7 +130,7 @@ def test_pages_of_a_file_of_another_user_are_given_back(checkpoint: Path, tmp_pa
 def test_an_edited_weight_never_leaves_with_the_others(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Allowance, "room_bytes", lambda self, ours_bytes: 20 * MIB)
+    monkeypatch.setattr(Allowance, "free_bytes", lambda self: 20 * MIB)
     model: Any = diskoffload.open_checkpoint(
         checkpoint, model=bare(), offload_dir=tmp_path / "offload", mode="mapped"
     )
