@@ -23,9 +23,13 @@ from diskoffload.system.memory import HUGE_PAGE_BYTES, can_discard, discard_writ
 _LEAST_BYTES = 128 << 10
 # What is asked for ahead: enough to keep a device busy while a layer is computed.
 _MOST_AHEAD_BYTES = 96 << 20
-_AHEAD_SHARE = 8
-# Of what is available, the share that may be full of weights before some leave.
-_FULL_SHARE = 0.8
+# Of what is available a share stays free of weights that were read, or somewhat more where that is
+# little: for those on their way, two thirds of it, and for the kernel, which else drops others.
+_FREE_SHARE = 10
+_LEAST_FREE_BYTES, _LEAST_FREE_SHARE = 48 << 20, 5
+_OF_FREE_AHEAD = 2 / 3
+# A weight that takes more of what is available is not asked for ahead.
+_MOST_SHARE = 4
 # Who was read last is, as a rule, needed last: looking at these is as good as looking at all.
 _CANDIDATES = 32
 # So many reads of something else, and what was asked for is not coming.
@@ -59,10 +63,16 @@ class Mapped:
             return
         self._foresight.read(held)
         self._note(held, nbytes)
-        if self._present_bytes > room_bytes * _FULL_SHARE:
-            self._drop_behind(held, int(room_bytes * _FULL_SHARE))
+        free_bytes = min(_LEAST_FREE_BYTES, room_bytes // _LEAST_FREE_SHARE)
+        free_bytes = max(free_bytes, room_bytes // _FREE_SHARE)
+        ahead_bytes = int(free_bytes * _OF_FREE_AHEAD)
+        wanted = self._wanted(min(_MOST_AHEAD_BYTES, ahead_bytes), room_bytes // _MOST_SHARE)
+        most_bytes = room_bytes - free_bytes - max(0, self._asked_bytes - ahead_bytes)
+        if self._present_bytes > most_bytes:
+            self._drop_behind(held, most_bytes)
         self._latest.append(weakref.ref(held))
-        self._look_ahead(min(_MOST_AHEAD_BYTES, room_bytes // _AHEAD_SHARE))
+        if wanted:
+            self._read_ahead.begin(wanted)
 
     def _note(self, held: Held, nbytes: int) -> None:
         asked_bytes = self._asked.pop(held, None)
@@ -81,10 +91,16 @@ class Mapped:
             for _, others in self._edges(held):
                 others.add(held)
 
-    def _look_ahead(self, most_bytes: int) -> None:
-        if self._asked_bytes > most_bytes // 2:
-            return
+    def _wanted(self, ahead_bytes: int, most_bytes: int) -> list[ShardTensor]:
+        """List what is to be asked for now, and note that it is.
+
+        Args:
+            ahead_bytes: what may be on its way; one that is larger comes alone.
+            most_bytes: one that is larger than this does not come ahead.
+        """
         wanted: list[ShardTensor] = []
+        if self._asked_bytes > ahead_bytes // 2:
+            return wanted
         for held in self._foresight.expected():
             if held in self._asked or held in self._present:
                 continue
@@ -94,13 +110,12 @@ class Mapped:
             nbytes = stored.spec.nbytes
             if nbytes < _LEAST_BYTES:
                 continue
-            if self._asked_bytes + nbytes > most_bytes:
+            if nbytes > most_bytes or self._asked_bytes + nbytes > max(ahead_bytes, nbytes):
                 break
             self._asked[held] = nbytes
             self._asked_bytes += nbytes
             wanted.append(stored)
-        if wanted:
-            self._read_ahead.begin(wanted)
+        return wanted
 
     # ------------------------------------------------------------------ leaving
 
