@@ -244,7 +244,7 @@ class _Work:
                     self._writer(key).write(key, tensor_bytes(value))
         else:
             copy_in_dtype(tensor, dtype, self._writer(name), name)
-        tensor.shard.drop_behind(tensor.spec)
+        tensor.shard.drop_tensor_behind(tensor.spec)
 
     def _writer(self, key: str) -> ShardWriter:
         file = self._file_of[key]

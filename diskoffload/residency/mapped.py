@@ -9,15 +9,16 @@ are right.
 from __future__ import annotations
 
 import weakref
-from collections import deque
+from contextlib import suppress
 
 from diskoffload.errors import OffloadError
+from diskoffload.residency.departures import Departures
 from diskoffload.residency.foresight import Foresight
 from diskoffload.residency.held import Held, State
+from diskoffload.residency.present import Present
 from diskoffload.store.read_ahead import ReadAhead
-from diskoffload.store.shard import Shard
 from diskoffload.store.stored import ShardTensor
-from diskoffload.system.memory import HUGE_PAGE_BYTES, can_discard, discard_written
+from diskoffload.system.memory import can_discard, discard_written
 
 # Smaller ones the kernel reads well enough with their neighbours.
 _LEAST_BYTES = 128 << 10
@@ -30,8 +31,6 @@ _LEAST_FREE_BYTES, _LEAST_FREE_SHARE = 48 << 20, 5
 _OF_FREE_AHEAD = 2 / 3
 # A weight that takes more of what is available is not asked for ahead.
 _MOST_SHARE = 4
-# Who was read last is, as a rule, needed last: looking at these is as good as looking at all.
-_CANDIDATES = 32
 # So many reads of something else, and what was asked for is not coming.
 _MOST_MISSES = 16
 
@@ -45,11 +44,8 @@ class Mapped:
         self._asked: weakref.WeakKeyDictionary[Held, int] = weakref.WeakKeyDictionary()
         self._asked_bytes = 0
         self._misses = 0
-        self._present: weakref.WeakKeyDictionary[Held, int] = weakref.WeakKeyDictionary()
-        self._present_bytes = 0
-        self._on_pages: weakref.WeakKeyDictionary[Shard, dict[int, weakref.WeakSet[Held]]]
-        self._on_pages = weakref.WeakKeyDictionary()
-        self._latest: deque[weakref.ref[Held]] = deque(maxlen=_CANDIDATES)
+        self._present = Present()
+        self._departures = Departures(foresight)
 
     def note_read(self, held: Held, room_bytes: int) -> None:
         """Note that a mapped entry was asked for; ask for others, and let some go.
@@ -58,23 +54,24 @@ class Mapped:
             held: the entry; what it lies on may be read by now, or not.
             room_bytes: what is available, clean pages of the page cache included.
         """
-        nbytes = held.nbytes
-        if nbytes < _LEAST_BYTES:
+        stored = _stored_of(held)
+        if stored is None:
             return
         self._foresight.read(held)
-        self._note(held, nbytes)
+        self._departures.note_read()
+        self._note(held)
+        self._present.add(held, stored)
         free_bytes = min(_LEAST_FREE_BYTES, room_bytes // _LEAST_FREE_SHARE)
         free_bytes = max(free_bytes, room_bytes // _FREE_SHARE)
         ahead_bytes = int(free_bytes * _OF_FREE_AHEAD)
         wanted = self._wanted(min(_MOST_AHEAD_BYTES, ahead_bytes), room_bytes // _MOST_SHARE)
         most_bytes = room_bytes - free_bytes - max(0, self._asked_bytes - ahead_bytes)
-        if self._present_bytes > most_bytes:
+        if self._present.nbytes > most_bytes:
             self._drop_behind(held, most_bytes)
-        self._latest.append(weakref.ref(held))
         if wanted:
             self._read_ahead.begin(wanted)
 
-    def _note(self, held: Held, nbytes: int) -> None:
+    def _note(self, held: Held) -> None:
         asked_bytes = self._asked.pop(held, None)
         if asked_bytes is not None:
             self._asked_bytes -= asked_bytes
@@ -85,11 +82,6 @@ class Mapped:
                 self._read_ahead.forget()
                 self._asked.clear()
                 self._asked_bytes = self._misses = 0
-        if held not in self._present:
-            self._present[held] = nbytes
-            self._present_bytes += nbytes
-            for _, others in self._edges(held):
-                others.add(held)
 
     def _wanted(self, ahead_bytes: int, most_bytes: int) -> list[ShardTensor]:
         """List what is to be asked for now, and note that it is.
@@ -104,12 +96,10 @@ class Mapped:
         for held in self._foresight.expected():
             if held in self._asked or held in self._present:
                 continue
-            stored = held.backing.plain_stored if held.backing is not None else None
+            stored = _stored_of(held)
             if stored is None or held.state not in (State.VACANT, State.BENEATH):
                 continue
-            nbytes = stored.spec.nbytes
-            if nbytes < _LEAST_BYTES:
-                continue
+            nbytes = stored.nbytes
             if nbytes > most_bytes or self._asked_bytes + nbytes > max(ahead_bytes, nbytes):
                 break
             self._asked[held] = nbytes
@@ -122,45 +112,32 @@ class Mapped:
     def _drop_behind(self, now: Held, most_bytes: int) -> None:
         if not can_discard():
             return  # else it would be compared with its file for nothing
-        self._present_bytes = sum(self._present.values())  # less those that are gone
-        if self._present_bytes <= most_bytes:
-            return
-        latest = [held for ref in self._latest if (held := ref()) is not None]
-        for victim in self._foresight.latest_needed_first(latest):
-            if victim is now or victim not in self._present or not self._give_back(victim):
-                continue
-            self._present_bytes -= self._present.pop(victim)
-            if self._present_bytes <= most_bytes:
+        there = self._present
+
+        def may_leave(held: Held) -> bool:
+            return held is not now and held in there
+
+        for victim in self._departures.next_ones(lambda: there, may_leave):
+            self._give_back(victim)
+            if there.nbytes <= most_bytes:
                 return
 
-    def _give_back(self, held: Held) -> bool:
+    def _give_back(self, held: Held) -> None:
         """Give the kernel an entry's clean pages, unless something uses it or it was edited."""
-        stored = held.backing.plain_stored if held.backing is not None else None
-        held.unpublish()
+        held.unpublish()  # readers ask from now on: it may be one that is to be looked at for edits
         span = held.mapped_span()
-        if stored is None or span is None or not held.is_unheld() or held.is_changed():
-            return False  # readers ask from now on: it may be one that is to be looked at for edits
-        address, end = span
-        discard_written(address, end - address)
-        # A huge page leaves as a whole, with the last of those that lie on it.
-        spec, before, after = stored.spec, 0, 0
-        for page, others in self._edges(held):
-            others.discard(held)
-            if not others:
-                before = max(before, spec.offset - page * HUGE_PAGE_BYTES)
-                after = max(after, (page + 1) * HUGE_PAGE_BYTES - spec.offset - spec.nbytes)
-        try:
-            stored.shard.drop_behind(spec, before=before, after=after)
-        except OffloadError:
-            return False  # the kernel will see for itself
-        return True
+        if span is not None and held.is_unheld() and not held.is_changed():
+            discard_written(span[0], span[1] - span[0])
+        elif held.state is State.BENEATH:
+            return
+        left = self._present.remove(held)
+        if left is not None:
+            shard, start, stop = left
+            with suppress(OffloadError):  # the kernel will see for itself
+                shard.drop_behind(start, stop)
 
-    def _edges(self, held: Held) -> list[tuple[int, weakref.WeakSet[Held]]]:
-        """Give the huge pages of a file in which an entry begins and ends, and who lies on them."""
-        stored = held.backing.plain_stored if held.backing is not None else None
-        if stored is None:
-            return []
-        spec = stored.spec
-        pages = {spec.offset // HUGE_PAGE_BYTES, (spec.offset + spec.nbytes - 1) // HUGE_PAGE_BYTES}
-        there = self._on_pages.setdefault(stored.shard, {})
-        return [(page, there.setdefault(page, weakref.WeakSet())) for page in pages]
+
+def _stored_of(held: Held) -> ShardTensor | None:
+    """Give what an entry is mapped from, if that is large enough to be looked after."""
+    stored = held.backing.plain_stored if held.backing is not None else None
+    return stored if stored is not None and stored.nbytes >= _LEAST_BYTES else None

@@ -16,12 +16,13 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 import torch
 
 from diskoffload.budget import format_bytes
+from diskoffload.residency.departures import Departures
 from diskoffload.residency.foresight import Foresight
 from diskoffload.residency.held import Held, State
 from diskoffload.store.buffers import Buffers
@@ -39,8 +40,6 @@ _LEAST_BYTES = 256 << 10
 _AHEAD_SHARE = 4
 _MOST_AHEAD_BYTES = 512 << 20
 _IN_PLACE_BYTES = 36 << 20
-# Who should leave is judged anew for each so many entries once a read.
-_JUDGED_A_READ = 128
 # Where nothing can be begun now, it is tried again after so many reads.
 _REST_READS = 4
 # How many entries stay readable without asking: a layer's forward reads its own ones again.
@@ -89,8 +88,7 @@ class Streaming:
         self._fills: weakref.WeakKeyDictionary[Held, Fill] = weakref.WeakKeyDictionary()
         self._shown: deque[weakref.ref[Held]] = deque()
         self._leaving: deque[weakref.ref[Held]] = deque()
-        self._to_leave: list[weakref.ref[Held]] = []
-        self._judge_again_at = 0
+        self._departures = Departures(foresight)
         self._awaited: Fill | None = None
         self._rest_reads = 0
         self._decide_again_at = 0.0
@@ -139,7 +137,7 @@ class Streaming:
     def note_read(self, held: Held) -> None:
         """Note that an entry was asked for, and hide from readers what was shown before it."""
         self._foresight.read(held)
-        self._judge_again_at -= 1
+        self._departures.note_read()
         self._rest_reads -= 1
         key = weakref.ref(held)
         if key in self._shown:
@@ -272,7 +270,7 @@ class Streaming:
             held = ref()
             if held is not None and held.check is not None:
                 wanted_bytes -= held.nbytes
-        for held in self._should_leave():
+        for held in self._departures.next_ones(self._loaded, _may_leave):
             if wanted_bytes <= 0:
                 break
             if self._foresight.is_needed_before(held, coming):
@@ -285,17 +283,8 @@ class Streaming:
                 self._leaving.append(weakref.ref(held))
         return freed_bytes
 
-    def _should_leave(self) -> Iterator[Held]:
-        """Give the loaded entries that are not leaving, those first that should; each once."""
-        if self._judge_again_at <= 0 or not self._to_leave:
-            loaded = [one for one in self._foresight.entries() if one.state is State.LOADED]
-            self._judge_again_at = len(loaded) // _JUDGED_A_READ
-            latest_first = self._foresight.leaving_first(loaded)
-            self._to_leave = [weakref.ref(one) for one in reversed(latest_first)]
-        while self._to_leave:
-            held = self._to_leave.pop()()
-            if held is not None and held.state is State.LOADED and held.check is None:
-                yield held
+    def _loaded(self) -> list[Held]:
+        return [one for one in self._foresight.entries() if one.state is State.LOADED]
 
     def drop_ahead(self) -> None:
         """Give up what was read ahead; it is read again when it is needed."""
@@ -316,3 +305,7 @@ class Streaming:
             self._leaving.clear()
             self.buffers, self._has_begun = Buffers(), False  # their memory is watched there
             self._pid = os.getpid()
+
+
+def _may_leave(held: Held) -> bool:
+    return held.state is State.LOADED and held.check is None

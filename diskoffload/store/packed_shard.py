@@ -130,7 +130,7 @@ class PackedShard:
             made.value_digest
         )
         self._placed.append(made)
-        tensor.shard.drop_behind(spec)
+        tensor.shard.drop_tensor_behind(spec)
 
     def _packed(self, tensor: ShardTensor) -> Placed | None:
         # As bytes, which can be mapped wherever they lie.

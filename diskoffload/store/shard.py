@@ -423,18 +423,17 @@ class Shard:
         if memory is None or not populate(memory.address + begin, stop - start):
             self.prefetch(spec, start, stop)
 
-    def drop_behind(self, spec: StoredSpec, *, before: int = 0, after: int = 0) -> None:
-        """Tell the kernel that a tensor's pages are of no more use; a hint, no promise.
+    def drop_behind(self, start: int, stop: int) -> None:
+        """Tell the kernel that bytes of the file are of no more use; a hint, no promise.
 
-        Pages, huge ones too, that are not wholly the tensor's stay.
-
-        Args:
-            spec: the tensor.
-            before: so many bytes before it are of no more use either.
-            after: and so many after it.
+        Pages, huge ones too, that are not wholly among them stay.
         """
         with self._opened() as fd:
-            self._files.drop_from_cache(fd, spec.offset - before, before + spec.nbytes + after)
+            self._files.drop_from_cache(fd, start, stop - start)
+
+    def drop_tensor_behind(self, spec: StoredSpec) -> None:
+        """Tell the kernel that a tensor's pages are of no more use, as :meth:`drop_behind` does."""
+        self.drop_behind(spec.offset, spec.offset + spec.nbytes)
 
     def copy_to(
         self, spec: StoredSpec, writer: ShardWriter, name: str, digest: str | None = None

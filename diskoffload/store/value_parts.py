@@ -34,7 +34,7 @@ def value_parts(
         tensor.read_value(part, start)
         digest.update(part)
         yield part
-    tensor.shard.drop_behind(tensor.spec)
+    tensor.shard.drop_tensor_behind(tensor.spec)
 
 
 def value_digest(tensor: ShardTensor | EncodedTensor) -> str:

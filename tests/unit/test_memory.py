@@ -12,16 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 from linux_only import linux_only
+from page_cache import cached_pages
 from shard_files import in_child, mappings_of, noise, same
 
 from diskoffload.errors import StorageError
+from diskoffload.system import memory as memory_module
 from diskoffload.system.memory import (
+    HUGE_PAGE_BYTES,
     PAGE_BYTES,
     Memory,
     anonymous,
     anonymous_bytes_of_process,
+    discard_written,
     empty,
     map_file,
+    populate,
     tensor_bytes,
     written_pages,
 )
@@ -295,6 +300,63 @@ def test_large_memory_takes_no_more_than_is_touched_but_for_pages() -> None:
     assert anonymous_bytes() - before < 16 * (nbytes + PAGE_BYTES) + 2 * MIB
     del memories, memory
     assert anonymous_bytes() - before < 4 * MIB
+
+
+@linux_only("nothing is populated")
+def test_a_populated_mapping_is_in_the_page_cache_and_no_more_is_read(disk_path: Path) -> None:
+    path, page = disk_path / "large", HUGE_PAGE_BYTES // PAGE_BYTES
+    path.write_bytes(os.urandom(16 * MIB + 5))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        memory = map_file(file.fileno(), 16 * MIB + 5, str(path))
+    assert memory.address % HUGE_PAGE_BYTES == 0
+    if any(cached_pages(path)):
+        pytest.skip("this file system drops nothing from the page cache")
+    if not memory_module._reads_huge_pages():
+        pytest.skip("this kernel does not read huge pages (Linux 5.18)")
+    assert populate(memory.address + 3 * MIB, 3 * MIB)
+    there = cached_pages(path)
+    assert all(there[page : 3 * page])
+    assert not any(there[:page] + there[4 * page :])
+    value = int(memory.view()[9 * MIB])  # a fault reads no more either
+    there = cached_pages(path)
+    assert there[4 * page]
+    assert not any(there[5 * page :])
+    assert value == path.read_bytes()[9 * MIB]
+
+
+@linux_only("nothing is populated")
+def test_what_was_written_is_told_of_huge_pages_too(disk_path: Path) -> None:
+    path = disk_path / "large"
+    path.write_bytes(bytes(range(256)) * (16 * MIB // 256))
+    with path.open("rb") as file:
+        memory = map_file(file.fileno(), 16 * MIB, str(path))
+    assert populate(memory.address, memory.nbytes)
+    assert list(written_pages(memory.address, memory.nbytes) or ()) == []
+    memory.view()[5 * MIB] = 1
+    memory.view()[9 * MIB : 9 * MIB + 2 * PAGE_BYTES] = bytes(2 * PAGE_BYTES)
+    place = memory.address
+    wanted = [
+        (place + 5 * MIB, place + 5 * MIB + PAGE_BYTES),
+        (place + 9 * MIB, place + 9 * MIB + 2 * PAGE_BYTES),
+    ]
+    assert list(written_pages(place, memory.nbytes) or ()) == wanted
+    assert populate(place, memory.nbytes)
+    assert list(written_pages(place, memory.nbytes) or ()) == wanted
+    assert discard_written(place + 5 * MIB, MIB)
+    assert list(written_pages(place, memory.nbytes) or ()) == wanted[1:]
+    assert memory.view()[5 * MIB] == 0
+    assert path.read_bytes()[9 * MIB : 9 * MIB + 2] == b"\0\1"
+
+
+def test_what_cannot_be_populated_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "short"
+    path.write_bytes(bytes(2 * PAGE_BYTES))
+    with path.open("rb") as file:
+        memory = map_file(file.fileno(), 2 * PAGE_BYTES, str(path))
+    os.truncate(path, 0)
+    assert not populate(memory.address, memory.nbytes)  # to touch it would end the process
 
 
 def test_empty_tensors_go_back_to_the_system() -> None:

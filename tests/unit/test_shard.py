@@ -157,7 +157,7 @@ def test_hints_to_the_kernel_change_nothing(path: Path) -> None:
     tensor = shard.mapped(spec)
     shard.prefetch(spec)
     tensor[0, 0] = 5
-    shard.drop_behind(spec)
+    shard.drop_tensor_behind(spec)
     assert tensor.flatten().tolist() == [5, *range(1, 12)]
 
 
