@@ -25,6 +25,7 @@ from diskoffload.resumable.lock import FolderLock
 from diskoffload.resumable.note import NOTE_NAME
 from diskoffload.store.encoded import EncodedTensor
 from diskoffload.store.partial_file import partial_path
+from diskoffload.store.read_ahead import ReadAhead
 from diskoffload.store.stored import ShardTensor
 from diskoffload.system.files import Files
 
@@ -188,6 +189,7 @@ class _Work:
         self._folder = folder
         self.claim = Claim(folder, job.checkpoint.path, job.identity, job.files)
         note = self.claim.note or {}
+        self._ahead = ReadAhead()
         self._done: dict[str, int] = {}
         self._open: OpenFile | None = None
         self._open_name = ""
@@ -315,7 +317,7 @@ class _Work:
                 )
             if number + 1 < len(tensors):
                 following = tensors[number + 1]
-                following.shard.prefetch(following.spec)
+                self._ahead.begin([following])
             before = file.written_bytes
             file_job.write(file, tensors[number])
             self.claim.add(file.written_bytes - before)

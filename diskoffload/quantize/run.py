@@ -34,6 +34,7 @@ from diskoffload.resumable.interrupted import Interrupted
 from diskoffload.resumable.lock import FolderLock
 from diskoffload.resumable.note import NOTE_NAME, note_text
 from diskoffload.store.encoded import EncodedTensor
+from diskoffload.store.read_ahead import ReadAhead
 from diskoffload.store.shard_writer import ShardWriter
 from diskoffload.store.stored import ShardTensor
 from diskoffload.system.memory import tensor_bytes
@@ -194,6 +195,7 @@ class _Work:
         self._file_of = {planned[0]: file for file, items in files.items() for planned in items}
         self._left = {file: len(items) for file, items in files.items()}
         self._writers: dict[str, ShardWriter] = {}
+        self._ahead = ReadAhead()
 
     def run(self, bar: Any, stop: Callable[[], bool]) -> None:
         """Do what is not done yet.
@@ -213,7 +215,7 @@ class _Work:
                             f"in {self._folder}: the same command goes on from there"
                         )
                     if following is not None:
-                        following.shard.prefetch(following.spec)
+                        self._ahead.begin([following])
                     self._write(name, tensor)
                     self._state.add(name, self._written_bytes(name))
                 self._count_off(name)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
 
 from diskoffload.errors import OffloadError
+from diskoffload.store.encoded import EncodedTensor
 from diskoffload.store.header import StoredSpec
 from diskoffload.store.stored import ShardTensor
 from diskoffload.system.memory import HUGE_PAGE_BYTES
@@ -33,11 +35,11 @@ class ReadAhead:
 
     def _begin_anew(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: deque[tuple[ShardTensor, int, int]] = deque()
+        self._waiting: deque[tuple[ShardTensor | EncodedTensor, int, int]] = deque()
         self._running = 0
         self._pid = os.getpid()
 
-    def begin(self, wanted: list[ShardTensor]) -> None:
+    def begin(self, wanted: Sequence[ShardTensor | EncodedTensor]) -> None:
         """Ask for tensors, in this order, as far as they are not in the page cache already."""
         if self._pid != os.getpid():  # the threads are the parent's, and so may be the lock
             self._begin_anew()

@@ -416,9 +416,9 @@ class Shard:
     def populate(self, spec: StoredSpec, start: int, stop: int) -> None:
         """Read some bytes of a tensor into the page cache, and lay them beneath the mapping.
 
-        Where that cannot be had, the kernel is asked to read them; raises as that does.
+        Where that cannot be had, the kernel is asked to read them. Raises as :attr:`memory` does.
         """
-        memory = self._memory
+        memory = self.memory
         begin = spec.offset + start
         if memory is None or not populate(memory.address + begin, stop - start):
             self.prefetch(spec, start, stop)
@@ -432,7 +432,12 @@ class Shard:
             self._files.drop_from_cache(fd, start, stop - start)
 
     def drop_tensor_behind(self, spec: StoredSpec) -> None:
-        """Tell the kernel that a tensor's pages are of no more use, as :meth:`drop_behind` does."""
+        """Tell the kernel that a tensor's pages are of no more use, mapped ones too.
+
+        Nobody may use the mapped tensor: it reads as the file again, at the price of reading it.
+        """
+        if self._memory is not None:
+            discard_written(self._memory.address + spec.offset, spec.nbytes)
         self.drop_behind(spec.offset, spec.offset + spec.nbytes)
 
     def copy_to(
