@@ -24,41 +24,53 @@ _THREADS = 4
 _PIECE_BYTES = 2 * HUGE_PAGE_BYTES
 
 
+# A thread without work waits so long for more: to begin one for each tensor costs more than to read
+# a small one.
+_LINGER_SECONDS = 0.05
+
+
 class ReadAhead:
     """Has the kernel read tensors' bytes. Thread-safe.
 
-    Its threads live only while there is something to ask for. In a forked child it begins anew.
+    Its threads live only while there is something to ask for, and a moment longer. In a forked
+    child it begins anew.
     """
 
     def __init__(self) -> None:
         self._begin_anew()
 
     def _begin_anew(self) -> None:
-        self._lock = threading.Lock()
+        self._changed = threading.Condition(threading.Lock())
         self._waiting: deque[tuple[ShardTensor | EncodedTensor, int, int]] = deque()
-        self._running = 0
+        self._running = self._idle = 0
         self._pid = os.getpid()
 
     def begin(self, wanted: Sequence[ShardTensor | EncodedTensor]) -> None:
         """Ask for tensors, in this order, as far as they are not in the page cache already."""
         if self._pid != os.getpid():  # the threads are the parent's, and so may be the lock
             self._begin_anew()
-        with self._lock:
+        with self._changed:
             for stored in wanted:
                 self._waiting.extend((stored, *part) for part in _pieces(stored.spec))
-            starting = max(0, min(_THREADS, len(self._waiting)) - self._running)
+            queued = len(self._waiting)
+            self._changed.notify(queued)
+            starting = max(0, min(_THREADS - self._running, queued - self._idle))
             self._running += starting
         for _ in range(starting):
             threading.Thread(target=self._work, name="diskoffload-ahead", daemon=True).start()
 
     def forget(self) -> None:
         """Ask for no more of what waits."""
-        with self._lock:
+        with self._changed:
             self._waiting.clear()
 
     def _work(self) -> None:
         while True:
-            with self._lock:
+            with self._changed:
+                if not self._waiting:
+                    self._idle += 1
+                    self._changed.wait_for(lambda: bool(self._waiting), _LINGER_SECONDS)
+                    self._idle -= 1
                 if not self._waiting:
                     self._running -= 1
                     return
