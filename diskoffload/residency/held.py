@@ -20,10 +20,12 @@ import enum
 import sys
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from diskoffload.residency.laid import Laid
 from diskoffload.residency.objects import object_like, out_of_inference_mode, uses_of
 from diskoffload.store.fills import Check
 from diskoffload.store.pieces import Streamable
@@ -133,12 +135,9 @@ class Held:
 
     __slots__ = (
         "__weakref__",
-        "_address",
-        "_digest",
+        "_laid",
         "_lent",
-        "_mark",
         "_object",
-        "_strides",
         "_template",
         "backing",
         "bindings",
@@ -178,10 +177,7 @@ class Held:
         self.mates: list[weakref.ref[Held]] | None = None
         self.views: weakref.WeakSet[Held] | None = None
         self._template = template
-        self._digest = b""
-        self._mark: Mark | None = None
-        self._address = 0
-        self._strides: tuple[int, ...] = ()
+        self._laid = _NOTHING
         for shown in (tensor, template):
             if shown is not None:
                 _by_object[id(shown)] = self
@@ -361,12 +357,11 @@ class Held:
         elif value is not tensor:
             tensor.data = value.detach()
         self.state = state
-        self._strides = tensor.stride()
-        self._mark = mark
-        if state is State.BENEATH:
-            self._address = tensor.data_ptr()
-        elif state is State.LOADED:
-            self._digest = digest if digest or mark else digest_of(tensor)
+        if state is State.LOADED and not digest and mark is None:
+            digest = digest_of(tensor)
+        has_address = state in (State.BENEATH, State.LOADED)  # others may have no memory to name
+        address = tensor.data_ptr() if has_address else 0
+        self._laid = Laid(address, tensor.stride(), digest, mark)
         for view in following:
             assert view.backing is not None  # it says which part of this it is
             view.lay(view.backing.view_of(tensor), State.BENEATH)
@@ -377,8 +372,7 @@ class Held:
     def hand_over(self, heir: Held) -> None:
         """Give another entry, whose object lies on the same memory, all that is known of it."""
         heir.state, heir.ticket, heir.buffer = self.state, self.ticket, self.buffer
-        heir._digest, heir._address, heir._strides = self._digest, self._address, self._strides
-        heir._mark = self._mark
+        heir._laid = self._laid
         self.ticket = self.buffer = None
         self.wake()
 
@@ -546,35 +540,16 @@ class Held:
             return not self.is_stored()
         if self.backing.layout != (self.tensor.dtype, tuple(self.tensor.shape)):
             return True
-        if self.tensor.stride() != self._strides:
-            return True
         if self.state is State.BENEATH:
-            moved = self.tensor.data_ptr() != self._address
-            return moved or self.backing.was_edited(self.tensor)
-        written = self._was_written(self.tensor)
-        if written is False:
-            return False
-        if self._mark is not None and not self._digest:
-            if written:
-                return True
-            # A forked child is not told: it compares with what was read.
-            self._digest = digest_of(self.backing.load(self.tensor.device))
+            return not self._laid.is_there(self.tensor) or self.backing.was_edited(self.tensor)
         known = self.check.digest if self.check is not None else b""
-        return (known or digest_of(self.tensor)) != self._digest
+        load = partial(self.backing.load, self.tensor.device)
+        return self._laid.was_edited(self.tensor, load, known)
 
     @property
     def is_marked(self) -> bool:
         """Whether the kernel notes what is written to the value, so that no digest is needed."""
-        return self._mark is not None
-
-    def _was_written(self, tensor: torch.Tensor) -> bool | None:
-        """Whether the kernel tells that the value as it was laid was written to or replaced."""
-        mark = self._mark
-        if mark is None:
-            return None
-        if tensor.data_ptr() != mark.address or tensor.is_conj() or tensor.is_neg():
-            return True  # it was given another memory, or a view of this one as its value
-        return mark.was_written()
+        return self._laid.mark is not None
 
     def mapped_span(self) -> tuple[int, int] | None:
         """Give the addresses from and to which it lies on its file, just as it was laid there."""
@@ -583,10 +558,9 @@ class Held:
             return None
         if backing.memory is not None or backing.root is not None or tensor.is_meta:
             return None
-        address, layout = tensor.data_ptr(), (tensor.dtype, tuple(tensor.shape))
-        as_laid = (address, layout) == (self._address, backing.layout)
-        if not as_laid or tensor.stride() != self._strides:
+        if backing.layout != (tensor.dtype, tuple(tensor.shape)) or not self._laid.is_there(tensor):
             return None
+        address = self._laid.address
         return address, address + tensor.numel() * tensor.dtype.itemsize
 
     @property
@@ -617,5 +591,7 @@ def held_of(tensor: torch.Tensor) -> Held | None:
 # modules is offloaded. Entries are owned by caches; this refers to them weakly.
 _by_object: weakref.WeakValueDictionary[int, Held] = weakref.WeakValueDictionary()
 
+# Of an object beneath which nothing was laid yet.
+_NOTHING = Laid(0, (), b"", None)
 # What the counts are when nobody holds the object.
 _UNHELD = uses_of(Held("", None, tensor=torch.nn.Parameter(torch.zeros(1))))
