@@ -42,11 +42,12 @@ def check_no_garbage(folder: Path, threads: set[threading.Thread]) -> None:
 def _ending(threads: set[threading.Thread]) -> bool:
     """Whether a thread is there that ends by itself, once it gets the processor.
 
-    One watches memory that the process's own books hold; one reads a last piece ahead, and
-    holds the file it reads meanwhile: whoever drops a model does not wait for that.
+    One watches memory that the process's own books hold; others read a last piece ahead, and
+    hold the file they read meanwhile: whoever drops a model does not wait for that.
     """
     new = [one for one in threading.enumerate() if one not in threads]
-    return any(one.name in ("diskoffload-watch", "diskoffload-fill") for one in new)
+    ending = ("diskoffload-watch", "diskoffload-fill", "diskoffload-ahead")
+    return any(one.name in ending for one in new)
 
 
 def _left(folder: Path, threads: set[threading.Thread]) -> list[str]:

@@ -34,9 +34,14 @@ class ReadAhead:
 
     Its threads live only while there is something to ask for, and a moment longer. In a forked
     child it begins anew.
+
+    Attributes:
+        is_over: nobody waits for what is still to be read, so it is not. May be set from a
+            finalizer: it takes no lock.
     """
 
     def __init__(self) -> None:
+        self.is_over = False
         self._begin_anew()
 
     def _begin_anew(self) -> None:
@@ -67,7 +72,9 @@ class ReadAhead:
     def _work(self) -> None:
         while True:
             with self._changed:
-                if not self._waiting:
+                if self.is_over:
+                    self._waiting.clear()
+                elif not self._waiting:
                     self._idle += 1
                     self._changed.wait_for(lambda: bool(self._waiting), _LINGER_SECONDS)
                     self._idle -= 1
