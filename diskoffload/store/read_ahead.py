@@ -61,8 +61,13 @@ class ReadAhead:
             self._changed.notify(queued)
             starting = max(0, min(_THREADS - self._running, queued - self._idle))
             self._running += starting
-        for _ in range(starting):
-            threading.Thread(target=self._work, name="diskoffload-ahead", daemon=True).start()
+        for missing in range(starting, 0, -1):
+            try:
+                threading.Thread(target=self._work, name="diskoffload-ahead", daemon=True).start()
+            except RuntimeError:  # the system has none left, and it is only a hint
+                with self._changed:
+                    self._running -= missing
+                break
 
     def forget(self) -> None:
         """Ask for no more of what waits."""

@@ -1,0 +1,147 @@
+"""Tensors that are read into the page cache ahead of their use, piece by piece."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from linux_only import linux_only
+from page_cache import cached_pages
+from safetensors.torch import save_file
+
+from diskoffload.residency.foresight import Foresight
+from diskoffload.residency.mapped import Mapped
+from diskoffload.store import read_ahead
+from diskoffload.store.read_ahead import ReadAhead
+from diskoffload.store.shard import Shard
+from diskoffload.store.stored import ShardTensor, stored_tensors
+from diskoffload.system.files import Files
+from diskoffload.system.memory import HUGE_PAGE_BYTES
+
+MIB = 1 << 20
+
+
+class HeldUp(Shard):
+    """Tells of its pieces, none of which is read before ``go``."""
+
+    def populate(self, spec: Any, start: int, stop: int) -> None:
+        self.__dict__.setdefault("pieces", []).append((start, stop))
+        began.release()
+        assert go.wait(60)
+
+
+began, go = threading.Semaphore(0), threading.Event()
+
+
+@pytest.fixture(autouse=True)
+def begin_anew() -> None:
+    global began
+    began = threading.Semaphore(0)
+    go.clear()
+
+
+def made(folder: Path, nbytes: int, kind: type[Shard] = Shard) -> ShardTensor:
+    save_file({"a": torch.ones(nbytes, dtype=torch.uint8)}, folder / "x.safetensors")
+    found = stored_tensors(kind(folder / "x.safetensors", Files()))["a"]
+    assert isinstance(found, ShardTensor)
+    return found
+
+
+def wait_for_threads() -> None:
+    until_seconds = time.monotonic() + 20
+    while any(one.name == "diskoffload-ahead" for one in threading.enumerate()):
+        assert time.monotonic() < until_seconds
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("nbytes", [1, 3 * MIB, 17 * MIB + 3])
+def test_pieces_begin_where_huge_pages_of_the_file_do(tmp_path: Path, nbytes: int) -> None:
+    stored = made(tmp_path, nbytes, HeldUp)
+    go.set()
+    ReadAhead().begin([stored])
+    wait_for_threads()
+    pieces = sorted(stored.shard.__dict__["pieces"])
+    assert [start for start, _ in pieces[1:]] == [stop for _, stop in pieces[:-1]]
+    assert (pieces[0][0], pieces[-1][1]) == (0, nbytes)
+    assert all((stored.spec.offset + start) % HUGE_PAGE_BYTES == 0 for start, _ in pieces[1:])
+    assert max(stop - start for start, stop in pieces) <= 2 * HUGE_PAGE_BYTES
+
+
+def test_only_the_pieces_in_hand_are_read_when_their_owner_goes(tmp_path: Path) -> None:
+    stored = made(tmp_path, 60 * MIB, HeldUp)
+    mapped = Mapped(Foresight())
+    mapped._read_ahead.begin([stored])
+    for _ in range(read_ahead._THREADS):
+        assert began.acquire(timeout=60)
+    del mapped
+    gc.collect()
+    go.set()
+    wait_for_threads()
+    assert len(stored.shard.__dict__["pieces"]) == read_ahead._THREADS
+
+
+def test_a_thread_stays_for_what_comes_a_moment_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read_ahead, "_LINGER_SECONDS", 60)
+    stored, ahead = made(tmp_path, MIB, HeldUp), ReadAhead()
+    go.set()
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+    monkeypatch.setattr(
+        threading.Thread, "start", lambda self: (started.append(self), start(self))[1]
+    )
+    for _ in range(5):
+        ahead.begin([stored])
+        assert began.acquire(timeout=60)
+        until_seconds = time.monotonic() + 20
+        while not ahead._idle:
+            assert time.monotonic() < until_seconds
+            time.sleep(0.001)
+    assert len(started) == 1
+    monkeypatch.setattr(read_ahead, "_LINGER_SECONDS", 0)
+    ahead.begin([stored])
+    wait_for_threads()
+
+
+@pytest.mark.parametrize("threads_left", [0, 1])
+def test_it_is_a_hint_where_the_system_has_no_thread_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads_left: int
+) -> None:
+    stored, ahead = made(tmp_path, 9 * MIB, HeldUp), ReadAhead()
+    go.set()
+    start, left = threading.Thread.start, [threads_left]
+
+    def limited(thread: threading.Thread) -> None:
+        if not left[0]:
+            raise RuntimeError("can't start new thread")
+        left[0] -= 1
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", limited)
+        ahead.begin([stored])
+        wait_for_threads()
+    pieces = len(stored.shard.__dict__.get("pieces", ()))
+    assert (pieces > 0) == (threads_left > 0)
+    ahead.begin([stored])
+    wait_for_threads()
+    assert not ahead._waiting
+    assert len(stored.shard.__dict__["pieces"]) > pieces
+
+
+@linux_only("nothing is read ahead")
+def test_what_was_asked_for_is_in_the_page_cache(disk_path: Path) -> None:
+    stored = made(disk_path, 9 * MIB)
+    with (disk_path / "x.safetensors").open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    ReadAhead().begin([stored])
+    wait_for_threads()
+    assert all(cached_pages(disk_path / "x.safetensors"))
