@@ -1,6 +1,6 @@
-"""Run a model larger than memory several times, streamed: a script, see its test.
+"""Run a model larger than memory several times, streamed or mapped: a script, see its test.
 
-``work_stream_in_group.py SRC OFFLOAD_DIR`` prints what each pass took, as JSON.
+``work_stream_in_group.py SRC OFFLOAD_DIR MODE`` prints what each pass took, as JSON.
 """
 
 from __future__ import annotations
@@ -35,21 +35,23 @@ def output_of(model: Any) -> list[float]:
         return list(model(torch.linspace(-1, 1, WIDTH)).tolist())
 
 
-def main(source: str, offload_dir: str) -> None:
+def main(source: str, offload_dir: str, mode: str) -> None:
     """Do it all on a checkpoint that is larger than memory."""
     passes, kept, output = [], [], []
     with torch.device("meta"):
         bare = make_model()
-    model: Any = diskoffload.open_checkpoint(
-        source, model=bare, offload_dir=offload_dir, max_memory=KEPT_BYTES
-    )
+    options: dict[str, Any] = {"max_memory": KEPT_BYTES} if mode == "streamed" else {}
+    model: Any = diskoffload.open_checkpoint(source, model=bare, offload_dir=offload_dir, **options)
     residency = model[0]._parameters.residency
     for _ in range(PASSES):
         taken: Measurement
         with measured() as taken:
             output = output_of(model)
         passes.append(taken.as_json())
-        kept.append(residency.loaded_bytes)
+        if mode == "streamed":
+            kept.append(residency.loaded_bytes)
+        else:
+            kept.append(residency._mapped._present.nbytes)
     print(json.dumps({"passes": passes, "kept": kept, "output": output, "on": residency.streams}))
 
 
