@@ -419,8 +419,7 @@ class Shard:
         Where that cannot be had, the kernel is asked to read them. Raises as :attr:`memory` does.
         """
         memory = self.memory
-        begin = spec.offset + start
-        if memory is None or not populate(memory.address + begin, stop - start):
+        if memory is None or not populate(memory, spec.offset + start, stop - start):
             self.prefetch(spec, start, stop)
 
     def drop_behind(self, start: int, stop: int) -> None:
