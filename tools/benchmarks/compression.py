@@ -30,7 +30,7 @@ OURS, PLAIN, ZIPNN, BLOSC = "diskoffload", "zstd level 1", "zipnn", "blosc2 (shu
 _THREADS = 2
 _CHUNK_BYTES = 1 << 20
 _PASSES = {"tiny": 1, "short": 5, "full": 9}
-_ROUNDS = {"tiny": 1, "short": 3, "full": 5}
+_ROUNDS = {"tiny": 1, "short": 2, "full": 5}
 _MOST_BYTES = {"tiny": 1 << 20, "short": 256 << 20, "full": 1 << 30}
 # What arms call "at": the kind of value.
 _KINDS = ("bf16", "fp16", "fp32", "fp32 that holds bf16")

@@ -15,7 +15,7 @@ from .results import Key, Results, Sample
 
 _TENSORS = {"tiny": 50, "short": 50_000, "full": 50_000}
 _SIDE = 8
-_ROUNDS = {"tiny": 1, "short": 3, "full": 5}
+_ROUNDS = {"tiny": 1, "short": 2, "full": 5}
 _LABELS = {
     "tiny": (ways.OURS, ways.CT_DISK, ways.ACCELERATE),
     "short": (ways.OURS, ways.ACCELERATE),  # the other makes a link a tensor: a minute

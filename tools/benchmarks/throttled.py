@@ -23,10 +23,10 @@ PACKED, PLAIN = "diskoffload, compressed", "diskoffload, as they are"
 _COMPRESSION = {PACKED: "zstd", PLAIN: None}
 _LAYERS = {"tiny": 3, "short": 48, "full": 128}
 _SIDE = {"tiny": 256, "short": 2048, "full": 2048}
-_ROUNDS = {"tiny": 1, "short": 3, "full": 5}
+_ROUNDS = {"tiny": 1, "short": 2, "full": 5}
 _PASSES = {"tiny": 1, "short": 2, "full": 3}
-# Of disks, in MB a second: a hard disk or a network's, a slow and a fast one on SATA or a cloud.
-_SPEEDS = {"tiny": (400,), "short": (100, 200, 400), "full": (50, 100, 200, 400, 800)}
+# Of disks, in MB a second: a hard disk or a network's, one on SATA or in a cloud, an NVMe drive.
+_SPEEDS = {"tiny": (400,), "short": (100, 400, 1600), "full": (50, 100, 200, 400, 800, 1600)}
 _ITEM_BYTES = 2
 # What is kept; a pass over a larger model reads nearly all of it.
 _KEPT_LAYERS = 3

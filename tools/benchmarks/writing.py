@@ -17,7 +17,7 @@ from .results import Key, Results, Sample
 # Few large tensors, and many small ones of 16 KiB.
 _LARGE = {"tiny": Spec(3, 32), "short": Spec(32, 2048), "full": Spec(32, 4096)}
 _SMALL = {"tiny": Spec(20, 16), "short": Spec(5000, 64), "full": Spec(5000, 64)}
-_ROUNDS = {"tiny": 1, "short": 3, "full": 7}
+_ROUNDS = {"tiny": 1, "short": 2, "full": 7}
 
 
 # ---------------------------------------------------------------------- in the child
