@@ -15,7 +15,7 @@ from diskoffload.store.pieces import Streamable
 from diskoffload.store.shard import Shard
 from diskoffload.store.stored import ShardTensor, Stored, StridedTensor
 from diskoffload.store.writer import Ticket, digest_of
-from diskoffload.system.memory import PAGE_BYTES, tensor_bytes, written_pages
+from diskoffload.system.memory import PAGE_BYTES, is_laid_plainly, tensor_bytes, written_pages
 
 
 class DiskBacking:
@@ -94,6 +94,10 @@ class DiskBacking:
         """Refer to what the ticket has stored."""
         return DiskBacking(self.folder, self.compression, ticket.stored, align=self.align)
 
+    def apart(self, layout: tuple[torch.dtype, tuple[int, ...]]) -> Backing:
+        """Have the same place for newer values, and none stored."""
+        return DiskBacking(self.folder, self.compression, None, layout, align=self.align)
+
     def rebased(self, folder: Folder, compression: Compression) -> DiskBacking:
         """Refer to the same value, with another place for newer ones."""
         return DiskBacking(folder, compression, self.stored, self.layout, align=self.align)
@@ -121,6 +125,13 @@ class DiskBacking:
         if mapped is not None and mapped.data_ptr() == address and mapped.nbytes == nbytes:
             for shard in self.stored.shards:
                 shard.forget_edits(address, nbytes)  # mapped, so it is one
+
+    def holds(self, value: torch.Tensor) -> bool:
+        """Compare a value with what is stored; of the file no more is read than tells."""
+        assert self.stored is not None  # it was loaded
+        if isinstance(self.stored, ShardTensor) and is_laid_plainly(value):
+            return self._lies_on_file(value)
+        return digest_of(self.load(value.device)) == digest_of(value)
 
     def was_edited(self, value: torch.Tensor) -> bool:
         """Find edits of a mapped value: the kernel says which pages were written.

@@ -8,7 +8,7 @@ import torch
 
 from diskoffload.cache.base import OffloadCache
 from diskoffload.residency.held import Backing, Held, State
-from diskoffload.store.writer import Ticket
+from diskoffload.store.writer import Ticket, digest_of
 from diskoffload.system.memory import empty, is_counted
 
 
@@ -58,12 +58,21 @@ class RamBacking:
         """Stay: no value of ours is ever written."""
         return self
 
+    def apart(self, layout: tuple[torch.dtype, tuple[int, ...]]) -> Backing:
+        """Have other memory on the same device."""
+        dtype, shape = layout
+        return RamBacking(torch.empty(shape, dtype=dtype, device=self.memory.device))
+
     def twin(self, memo: dict[int, Any], *, gaps: bool) -> Backing | None:
         """Answer ``None``: what is in RAM must be copied."""
         return None
 
     def forget_edits(self, address: int, nbytes: int) -> None:
         """Do nothing: edits here cost nothing of their own."""
+
+    def holds(self, value: torch.Tensor) -> bool:
+        """Compare a value with the memory."""
+        return digest_of(self.memory) == digest_of(value)
 
     def was_edited(self, value: torch.Tensor) -> bool:
         """Answer no: an edit of the memory is an edit of the offloaded value."""

@@ -90,12 +90,18 @@ class Backing(Protocol):
     def succeed(self, ticket: Ticket) -> Backing:
         """Give the backing that holds what a ticket has stored."""
 
+    def apart(self, layout: tuple[torch.dtype, tuple[int, ...]]) -> Backing:
+        """Give a backing for another value, of which it has nothing yet; newer ones go as here."""
+
     def twin(self, memo: dict[int, Any], *, gaps: bool) -> Backing | None:
         """Give a backing of the same value that shares no memory with this one.
 
         ``None`` where only a copy of the value will do. ``memo`` is :mod:`copy`'s; ``gaps``
         between elements stay or are closed.
         """
+
+    def holds(self, value: torch.Tensor) -> bool:
+        """Tell whether a value of the same dtype and shape is the one here, byte for byte."""
 
     def was_edited(self, value: torch.Tensor) -> bool:
         """Tell whether memory given by :meth:`beneath` was changed in place."""
@@ -376,6 +382,17 @@ class Held:
         self.ticket = self.buffer = None
         self.wake()
 
+    def stand_alone(self) -> None:
+        """Be a view of another entry no more, for the object lies elsewhere than that one's."""
+        root, tensor = self.root, self.tensor
+        assert tensor is not None  # else it would lie nowhere
+        assert self.backing is not None
+        self.drop_ticket()
+        self.backing = self.backing.apart((tensor.dtype, tuple(tensor.shape)))
+        self.state = State.FRESH
+        if root.views is not None:
+            root.views.discard(self)
+
     def let_go(self) -> None:
         """Leave the object as it is from now on: its value is none of our business any more."""
         self.drop_ticket()
@@ -543,8 +560,8 @@ class Held:
         if self.state is State.BENEATH:
             return not self._laid.is_there(self.tensor) or self.backing.was_edited(self.tensor)
         known = self.check.digest if self.check is not None else b""
-        load = partial(self.backing.load, self.tensor.device)
-        return self._laid.was_edited(self.tensor, load, known)
+        is_stored = partial(self.backing.holds, self.tensor)
+        return self._laid.was_edited(self.tensor, is_stored, known)
 
     @property
     def is_marked(self) -> bool:

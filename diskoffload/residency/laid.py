@@ -27,35 +27,34 @@ class Laid(NamedTuple):
     mark: Mark | None
 
     def is_there(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor lies on that memory still, as it was laid."""
-        return tensor.data_ptr() == self.address and tensor.stride() == self.strides
+        """Whether a tensor lies on that memory still, as it was laid.
+
+        Of a view that negates or conjugates, the value is not what lies there.
+        """
+        lies_there = tensor.data_ptr() == self.address and tensor.stride() == self.strides
+        return lies_there and not tensor.is_conj() and not tensor.is_neg()
 
     def was_edited(
-        self, tensor: torch.Tensor, load: Callable[[], torch.Tensor], known_digest: bytes = b""
+        self, tensor: torch.Tensor, is_stored: Callable[[], bool], known_digest: bytes = b""
     ) -> bool:
         """Tell whether a value of its own memory is another one now.
 
         Args:
             tensor: the value, of the same dtype and shape.
-            load: gives the value as it was before; called where nothing else tells.
+            is_stored: compares it with what is stored; called where nothing else tells.
             known_digest: of the value's bytes now, if that was made already.
         """
         if tensor.stride() != self.strides:
             return True
-        written = self._was_written(tensor)
-        if written is False:
+        if self._was_written(tensor) is False:
             return False
-        before = self.digest
-        if self.mark is not None and not before:
-            if written:
-                return True
-            before = digest_of(load())  # a forked child is not told by the kernel
-        return (known_digest or digest_of(tensor)) != before
+        if self.digest:
+            return (known_digest or digest_of(tensor)) != self.digest
+        # It was written to, perhaps with the same bytes; or a forked child is told nothing.
+        return not is_stored()
 
     def _was_written(self, tensor: torch.Tensor) -> bool | None:
         """Whether the kernel tells that the memory was written to, or that it is another one."""
         if self.mark is None:
             return None
-        if tensor.data_ptr() != self.address or tensor.is_conj() or tensor.is_neg():
-            return True  # it was given another memory, or a view of this one as its value
-        return self.mark.was_written()
+        return True if not self.is_there(tensor) else self.mark.was_written()

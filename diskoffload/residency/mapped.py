@@ -41,7 +41,8 @@ class Mapped:
     def __init__(self, foresight: Foresight) -> None:
         self._foresight = foresight
         self._read_ahead = ReadAhead()
-        weakref.finalize(self, setattr, self._read_ahead, "is_over", True)
+        over = weakref.finalize(self, setattr, self._read_ahead, "is_over", True)
+        over.atexit = False
         self._asked: weakref.WeakKeyDictionary[Held, int] = weakref.WeakKeyDictionary()
         self._asked_bytes = 0
         self._misses = 0

@@ -383,9 +383,9 @@ class Residency:
             if held.state is not State.LOADED or held.is_lent:
                 self._loaded.pop(held, None)
                 return False
-            if not self._withdraw(held):
-                return False
             try:
+                if not self._withdraw(held):
+                    return False
                 self._write_back(held)  # does nothing if nothing was changed
             except _CANNOT_WRITE:
                 held.publish()  # whoever reads another tensor is not to be told: sync will
@@ -498,11 +498,14 @@ class Residency:
         if held.ticket is not None:
             held.ticket.cancel()  # before it is begun for want of room
         outcome = held.backing.rewrite(held.name, held.tensor.detach())
-        held.state = State.FRESH
         if isinstance(outcome, Ticket):
+            if held.root is not held:
+                held.stand_alone()
+            held.state = State.FRESH
             held.ticket = outcome
             outcome.notify(partial(self._arrived.append, weakref.ref(held)))
         else:
+            held.state = State.FRESH
             held.ticket = None
             held.backing = outcome
             value = outcome.beneath(held.tensor.device)

@@ -17,7 +17,7 @@ import torch
 from diskoffload.residency.held import Backing, Held, State
 from diskoffload.store.pieces import Streamable
 from diskoffload.store.stored import ShardTensor
-from diskoffload.store.writer import Ticket
+from diskoffload.store.writer import Ticket, digest_of
 
 
 class Onloads(Protocol):
@@ -113,13 +113,17 @@ class ViewBacking:
 
     def rewrite(self, name: str, value: torch.Tensor) -> Backing | Ticket:
         """Take a value that lies elsewhere now: it is no view of the root any more."""
-        assert self.root.backing is not None
-        return self.root.backing.rewrite(name, value)
+        return self.apart((value.dtype, tuple(value.shape))).rewrite(name, value)
 
     def succeed(self, ticket: Ticket) -> Backing:
         """Stand alone from now on."""
         assert self.root.backing is not None
         return self.root.backing.succeed(ticket)
+
+    def apart(self, layout: tuple[torch.dtype, tuple[int, ...]]) -> Backing:
+        """Have newer values go where the root's go."""
+        assert self.root.backing is not None
+        return self.root.backing.apart(layout)
 
     def over(self, root: Held) -> ViewBacking:
         """Describe the same view of another root."""
@@ -128,9 +132,19 @@ class ViewBacking:
         made.root = root
         return made
 
+    def through(self, outer: ViewBacking) -> ViewBacking:
+        """Describe the same view of the root of which its own root became a view."""
+        made = self.over(outer.root)
+        made._offset_bytes += outer._offset_bytes
+        return made
+
     def twin(self, memo: dict[int, Any], *, gaps: bool) -> Backing | None:
         """Answer ``None``: a copy is a view of the root's copy, see :meth:`over`."""
         return None
+
+    def holds(self, value: torch.Tensor) -> bool:
+        """Compare a value with that part of the root."""
+        return digest_of(self.load(value.device)) == digest_of(value)
 
     def was_edited(self, value: torch.Tensor) -> bool:
         """Answer no: an edit here is one of the root, and found there."""
@@ -173,6 +187,9 @@ class Storages:
         for one in (*here, held):
             one.mates = mates
         overlapping = [one for one in here if _overlap(one, held)]
+        for one in overlapping:
+            if one.root is not one and one.root.storage_key() != key:
+                one.stand_alone()  # it was given this memory as its value, and was not looked at
         # Of a tie the root stands for all: its views come and go.
         roots = [one.root for one in overlapping]
         return next((root for root in roots if root.backing is not None), None)
@@ -230,10 +247,23 @@ def _whole_storage(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def become_view(held: Held, root: Held, residency: Onloads) -> None:
-    """Turn an entry that lies on a root's bytes into a view of it."""
+    """Turn an entry that lies on a root's bytes into a view of it; so are its own views then."""
+    views, held.views = held.views, None
+    root_views = root.views
+    assert root_views is not None
     assert held.tensor is not None
     assert root.tensor is not None
+    assert held.tensor.untyped_storage()._cdata == root.tensor.untyped_storage()._cdata
     offset_bytes = held.tensor.data_ptr() - root.tensor.data_ptr()
     held.drop_ticket()
     held.backing = ViewBacking(residency, root, held.tensor, offset_bytes)
     held.lay(held.tensor, State.BENEATH)
+    for view in list(views or ()):
+        if view.root is not held:
+            continue
+        if view.state is not State.VACANT and view.storage_key() != root.storage_key():
+            view.stand_alone()
+        else:
+            assert isinstance(view.backing, ViewBacking)  # it has a root
+            view.backing = view.backing.through(held.backing)
+            root_views.add(view)

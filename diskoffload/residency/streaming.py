@@ -84,7 +84,8 @@ class Streaming:
         self.buffers = Buffers()
         self._has_begun = False
         self._filling = Filling()
-        weakref.finalize(self, setattr, self._filling, "is_over", True)
+        over = weakref.finalize(self, setattr, self._filling, "is_over", True)
+        over.atexit = False  # who reads a weight as the interpreter ends is to have it
         self._fills: weakref.WeakKeyDictionary[Held, Fill] = weakref.WeakKeyDictionary()
         self._shown: deque[weakref.ref[Held]] = deque()
         self._leaving: deque[weakref.ref[Held]] = deque()

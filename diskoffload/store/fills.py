@@ -77,6 +77,7 @@ class Fill:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+        assert not self.is_abandoned  # nothing of it was read, perhaps
         stored = self.stored
         return self.buffer.tensor(stored.dtype, stored.shape, self._place)
 

@@ -71,10 +71,20 @@ class ReadAhead:
 
     def forget(self) -> None:
         """Ask for no more of what waits."""
+        if self._pid != os.getpid():
+            self._begin_anew()
         with self._changed:
             self._waiting.clear()
 
     def _work(self) -> None:
+        try:
+            self._drain()
+        except BaseException:  # else nobody would be begun in its place
+            with self._changed:
+                self._running -= 1
+            raise
+
+    def _drain(self) -> None:
         while True:
             with self._changed:
                 if self.is_over:

@@ -88,7 +88,8 @@ class WriteWatch:
         self._asking_fd = asking_fd
         # The descriptors that a forked child inherits would change the parent's memory.
         self._pid = os.getpid()
-        weakref.finalize(self, _close, watching_fd, asking_fd)
+        closing = weakref.finalize(self, _close, watching_fd, asking_fd)
+        closing.atexit = False  # weights may be read, and their marks asked for, until the very end
 
     def watch(self, memory: Memory) -> bool:
         """See to it that a memory can be marked; tell whether it can."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import subprocess
+import sys
 import threading
 import weakref
 from pathlib import Path
@@ -9,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from threaded import in_a_child
 
 import diskoffload
@@ -116,10 +119,10 @@ def test_what_the_kernel_tells_nothing_of_leaves_at_once(tmp_path: Path) -> None
     plain, model = opened(tmp_path)
     residency = model[0]._parameters.residency
     held = dict(model[3]._parameters.held_items())["weight"]
-    model[3].weight.data.add_(0)  # the value stays, but it was written
+    model[3].weight.data.add_(1)
     assert residency.begin_release(held) == WIDTH * WIDTH * 4
     assert held.state is held_module.State.FRESH
-    assert torch.equal(model[3].weight, plain[3].weight)  # type: ignore[arg-type]
+    assert torch.equal(model[3].weight, plain[3].weight + 1)  # type: ignore[operator]
     held = dict(model[4]._parameters.held_items())["weight"]
     model[4].weight  # noqa: B018 - reads it
     assert residency.begin_release(held) == WIDTH * WIDTH * 4
@@ -232,3 +235,56 @@ def test_what_leaves_is_spread_evenly_over_a_pass(
     kept = [one.state is held_module.State.LOADED for one in held]
     runs = "".join("x" if one else " " for one in kept[2:-4]).split("x")
     assert max(map(len, runs)) <= 4, kept
+
+
+@both
+def test_the_same_bytes_written_again_are_no_edit(
+    tmp_path: Path, request: pytest.FixtureRequest, found: str
+) -> None:
+    request.getfixturevalue(found)
+    plain, model = opened(tmp_path)
+    for _ in range(2):
+        for layer in model:
+            layer.weight.data.mul_(1)
+    model[0]._parameters.sync()
+    assert sums(model) == sums(plain)
+    assert not list((tmp_path / "o").glob("*.safetensors"))
+
+
+def test_weights_are_right_until_the_interpreter_has_ended(tmp_path: Path) -> None:
+    """What was read by a function that runs at exit was whatever lay in the buffer."""
+    script = f"""
+import atexit, sys
+box = {{}}
+def late():
+    plain, model = box["models"]
+    wrong = [n for n in range(len(plain)) if not plain[n].weight.equal(model[n].weight)]
+    print("wrong:", wrong)
+atexit.register(late)  # before the library is imported, so that it runs after all of its own
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+from pathlib import Path
+from test_streamed_leaving import opened, sums
+box["models"] = opened(Path({str(tmp_path)!r}))
+sums(box["models"][1])
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (run.returncode, run.stdout.strip()) == (0, "wrong: []"), run.stderr
+
+
+@pytest.mark.parametrize("mode", ["mapped", "streamed"])
+@torch.no_grad()
+def test_a_conjugate_that_is_given_as_the_value_is_saved(tmp_path: Path, mode: Any) -> None:
+    value = torch.randn(512, 512, dtype=torch.complex64)
+    save_file({"weight": value}, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        bare = torch.nn.Linear(512, 512, bias=False, dtype=torch.complex64)
+    model: Any = diskoffload.open_checkpoint(
+        tmp_path, model=bare, offload_dir=tmp_path / "o", max_memory=8 << 20, mode=mode
+    )
+    model.weight.data = model.weight.data.conj()
+    diskoffload.save_checkpoint(model, tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")["weight"]
+    assert torch.equal(saved, value.conj().resolve_conj())
+    assert torch.equal(copy.deepcopy(model).weight.resolve_conj(), saved)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -134,6 +135,19 @@ def test_it_is_a_hint_where_the_system_has_no_thread_left(
     wait_for_threads()
     assert not ahead._waiting
     assert len(stored.shard.__dict__["pieces"]) > pieces
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_forked_child_forgets_though_the_lock_was_held(tmp_path: Path) -> None:
+    stored, ahead = made(tmp_path, MIB), ReadAhead()
+    with ahead._changed:  # by a thread of the parent's that is not in the child
+        pid = os.fork()
+        if not pid:
+            signal.alarm(20)
+            ahead.forget()
+            ahead.begin([stored])
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 @linux_only("nothing is read ahead")
