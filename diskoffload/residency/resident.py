@@ -30,7 +30,7 @@ from diskoffload.residency.loaded import Loaded
 from diskoffload.residency.mapped import Mapped
 from diskoffload.residency.objects import is_ours_to_move, out_of_inference_mode
 from diskoffload.residency.parking import Parking
-from diskoffload.residency.storages import Storages, become_view, root_of
+from diskoffload.residency.storages import Storages, become_view, is_another_view, root_of
 from diskoffload.residency.streaming import Mode, Streaming
 from diskoffload.residency.watching import Watching
 from diskoffload.residency.window import Window
@@ -460,6 +460,10 @@ class Residency:
 
     def _became_view(self, held: Held) -> bool:
         """Tie an entry to the one whose bytes its value shares, if there is one."""
+        if is_another_view(held):
+            become_view(held, held.root, self)
+            held.publish()
+            return True
         mate = self._storages.note(held)
         if mate is None:
             return False

@@ -246,6 +246,14 @@ def _whole_storage(tensor: torch.Tensor) -> torch.Tensor:
     return made.set_(storage, 0, (storage.nbytes() // dtype.itemsize,), (1,))
 
 
+def is_another_view(held: Held) -> bool:
+    """Whether an entry was given another view of the same root as its value."""
+    root = held.root
+    if root is held or held.state is not State.BENEATH or not held.is_changed():
+        return False
+    return held.storage_key() == root.storage_key()
+
+
 def become_view(held: Held, root: Held, residency: Onloads) -> None:
     """Turn an entry that lies on a root's bytes into a view of it; so are its own views then."""
     views, held.views = held.views, None
