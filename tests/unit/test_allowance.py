@@ -114,17 +114,22 @@ def test_a_watch_goes_with_its_owner() -> None:
 
 def test_who_comes_while_a_watch_ends_is_watched() -> None:
     answers = iter([False, True, False, False])
-    ended = threading.Event()
+    looks, ended = threading.Semaphore(0), threading.Event()
 
     def look() -> bool:
         answer = next(answers, None)
         if answer is None:
             ended.set()
+        looks.release()
         return bool(answer)
 
     watching = Watching(look, every_seconds=0.001)
     watching.wake()
-    watching.wake()
-    time.sleep(0.05)
+    for _ in range(4):  # at the second one somebody had come, so it is gone on with
+        assert looks.acquire(timeout=10)
+    until_seconds = time.monotonic() + 10
+    while any(one.name == "diskoffload-watch" for one in threading.enumerate()):
+        assert time.monotonic() < until_seconds
+    assert not ended.is_set()
     watching.wake()  # its thread has ended
     assert ended.wait(10)
