@@ -48,13 +48,18 @@ class Planted:
         raise DamagedFileError("refused")
 
 
-def run_planted(monkeypatch: pytest.MonkeyPatch, keep: Path, does: Callable[[], object]) -> Figures:
+def run_planted(
+    monkeypatch: pytest.MonkeyPatch,
+    keep: Path,
+    does: Callable[[], object],
+    hang_seconds: float = 20.0,  # to take 200 MiB may take more than one on a busy machine
+) -> Figures:
     def make(place: Path) -> Target:
         return Planted(place, does)
 
     monkeypatch.setitem(TARGETS, "planted", make)
     monkeypatch.setattr("fuzz._MOST_FINDINGS", 1)
-    return run_target("planted", 60, engine=PLAIN, seed=0, keep=keep, hang_seconds=1.0)
+    return run_target("planted", 60, engine=PLAIN, seed=0, keep=keep, hang_seconds=hang_seconds)
 
 
 def fail() -> None:
@@ -105,7 +110,7 @@ def test_a_crash_is_counted_and_its_input_kept(
 def test_a_hang_is_ended_counted_and_its_input_kept(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    found = run_planted(monkeypatch, tmp_path, lambda: time.sleep(600))
+    found = run_planted(monkeypatch, tmp_path, lambda: time.sleep(600), hang_seconds=1.0)
     assert (found.cases, found.crashes, found.hangs) == (2, 0, 1)
     assert (tmp_path / "planted-hang-0").read_bytes() == b"fatal"
 
