@@ -383,9 +383,9 @@ class Residency:
             if held.state is not State.LOADED or held.is_lent:
                 self._loaded.pop(held, None)
                 return False
+            if not self._withdraw(held):
+                return False
             try:
-                if not self._withdraw(held):
-                    return False
                 self._write_back(held)  # does nothing if nothing was changed
             except _CANNOT_WRITE:
                 held.publish()  # whoever reads another tensor is not to be told: sync will
@@ -430,7 +430,11 @@ class Residency:
         if held.is_unheld():
             return True
         # Perhaps only other entries use it: it may lie on another memory than was noted.
-        if not self._became_view(held) and held.mates is not None and held.is_unheld():
+        try:
+            became_view = self._became_view(held)
+        except _CANNOT_WRITE:  # its root stays in memory, and sync will tell
+            became_view = True
+        if not became_view and held.mates is not None and held.is_unheld():
             return True
         held.publish()
         return False
