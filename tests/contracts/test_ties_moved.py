@@ -24,7 +24,7 @@ def layers() -> torch.nn.Sequential:
 
 
 @pytest.mark.parametrize("mode", ["streamed", "mapped"])
-@pytest.mark.parametrize("seed", [1, 2, 3, 5])
+@pytest.mark.parametrize("seed", [3, 16, 17, 20, 28])
 @torch.no_grad()
 def test_values_are_a_plain_models_whatever_is_tied(tmp_path: Path, seed: int, mode: Any) -> None:
     """A view that was given other memory was taken for a part of its root; roots had roots."""
