@@ -103,7 +103,8 @@ def test_what_is_needed_last_leaves_the_cache(
             assert float(model[n].weight.sum()) == n * WIDTH * WIDTH
     wait_for_ahead()
     left = cached_layers(checkpoint)
-    assert 8 <= len(left) <= 21, left  # 10 layers, and what we and the kernel have read ahead
+    # 6 to 10 layers, by how many huge pages neighbours share, and what was read ahead.
+    assert 6 <= len(left) <= 21, left
 
 
 @pytest.mark.slow
@@ -124,7 +125,7 @@ def test_pages_of_a_file_of_another_user_are_given_back(checkpoint: Path, tmp_pa
         left = cached_layers(checkpoint)
         run.stdin.close()  # type: ignore[union-attr]
         assert said == "True\n", run.stderr.read()
-    assert 8 <= len(left) <= 21, left
+    assert 6 <= len(left) <= 21, left
 
 
 def test_an_edited_weight_never_leaves_with_the_others(
