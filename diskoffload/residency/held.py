@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from diskoffload.residency.laid import Laid
-from diskoffload.residency.objects import object_like, out_of_inference_mode, uses_of
+from diskoffload.residency.objects import object_like, out_of_inference_mode, span_of, uses_of
 from diskoffload.store.fills import Check
 from diskoffload.store.pieces import Streamable
 from diskoffload.store.stored import ShardTensor
@@ -514,8 +514,12 @@ class Held:
         key, count = self.storage_key(), 0
         for ref in self.mates:
             one = ref()
-            if one is not None and one is not self and one.storage_key() == key:
-                count += 1 + (one.root is one and one._lies_on_memory())
+            if one is None or one is self or one.storage_key() != key:
+                continue
+            # Who shares our bytes and is not known to is a user: they are not ours to take away.
+            if one.is_changed() if one.root is self else one.overlaps(self):
+                continue
+            count += 1 + (one.root is one and one._lies_on_memory())
         return count
 
     def storage_key(self) -> int:
@@ -542,6 +546,18 @@ class Held:
         laid = [one for one in self.views if one.state is State.BENEATH and not one.is_lent]
         return [view for view in laid if view.root is self and not view.is_changed()]
 
+    def overlaps(self, other: Held) -> bool:
+        """Whether both show bytes of one storage, and neither is known to be a view of the other's.
+
+        To be asked of entries on one storage.
+        """
+        if State.VACANT in (self.state, other.state) or self.root is other.root:
+            return False
+        assert self.tensor is not None
+        assert other.tensor is not None  # both lie on it
+        (start, stop), (begin, end) = span_of(self.tensor), span_of(other.tensor)
+        return start < end and begin < stop
+
     def _is_shared(self) -> bool:
         """Whether other processes may use the memory (``share_memory``, a worker's arguments)."""
         tensor = self.tensor
@@ -558,10 +574,17 @@ class Held:
         if self.backing.layout != (self.tensor.dtype, tuple(self.tensor.shape)):
             return True
         if self.state is State.BENEATH:
-            return not self._laid.is_there(self.tensor) or self.backing.was_edited(self.tensor)
+            return not self._lies_as_laid(self.tensor) or self.backing.was_edited(self.tensor)
         known = self.check.digest if self.check is not None else b""
         is_stored = partial(self.backing.holds, self.tensor)
         return self._laid.was_edited(self.tensor, is_stored, known)
+
+    def _lies_as_laid(self, tensor: torch.Tensor) -> bool:
+        # A view that was given other memory does not keep its root's, so that others may lie at
+        # the address that it was laid at: the storage must be the root's too.
+        root = self.root
+        on_its_root = root is self or int(tensor.untyped_storage()._cdata) == root.storage_key()
+        return on_its_root and self._laid.is_there(tensor)
 
     @property
     def is_marked(self) -> bool:

@@ -54,6 +54,15 @@ def is_ours_to_move(value: torch.Tensor) -> bool:
     )
 
 
+def span_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Give the addresses of a tensor's first byte and of the one after its last."""
+    start = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return start, start
+    reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (reach + 1) * tensor.dtype.itemsize
+
+
 class HasTensor(Protocol):
     """What has an object."""
 

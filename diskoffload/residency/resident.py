@@ -426,6 +426,10 @@ class Residency:
 
     def _withdraw(self, held: Held) -> bool:
         """Hide an entry from readers, unless something uses it."""
+        for view in list(held.views or ()):
+            if view.root is held and is_another_view(view):  # it goes where this one goes
+                become_view(view, held, self)
+                view.publish()
         held.unpublish()
         if held.is_unheld():
             return True

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from diskoffload.residency.held import Backing, Held, State
+from diskoffload.residency.objects import span_of
 from diskoffload.store.pieces import Streamable
 from diskoffload.store.stored import ShardTensor
 from diskoffload.store.writer import Ticket, digest_of
@@ -186,30 +187,13 @@ class Storages:
         mates[:] = [weakref.ref(one) for one in (*here, held)]
         for one in (*here, held):
             one.mates = mates
-        overlapping = [one for one in here if _overlap(one, held)]
+        overlapping = [one for one in here if one.overlaps(held)]
         for one in overlapping:
             if one.root is not one and one.root.storage_key() != key:
                 one.stand_alone()  # it was given this memory as its value, and was not looked at
         # Of a tie the root stands for all: its views come and go.
         roots = [one.root for one in overlapping]
         return next((root for root in roots if root.backing is not None), None)
-
-
-def _overlap(one: Held, other: Held) -> bool:
-    if State.VACANT in (one.state, other.state) or one.root is other.root:
-        return False
-    (start, stop), (begin, end) = _span(one.tensor), _span(other.tensor)
-    return start < end and begin < stop
-
-
-def _span(tensor: torch.Tensor | None) -> tuple[int, int]:
-    """Give the first byte of a tensor's elements and the one after the last."""
-    assert tensor is not None  # it lies on a storage
-    start = tensor.data_ptr()
-    if tensor.numel() == 0:
-        return start, start
-    reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + (reach + 1) * tensor.dtype.itemsize
 
 
 def root_of(mate: Held, residency: Onloads) -> Held:
@@ -227,7 +211,7 @@ def root_of(mate: Held, residency: Onloads) -> Held:
     assert backing is not None  # what is as it is was never noted
     if mate.views is not None:
         return mate
-    start, stop = _span(tensor)
+    start, stop = span_of(tensor)
     if tensor.is_contiguous() and stop - start == tensor.untyped_storage().nbytes():
         root = Held(mate.name, backing, tensor=tensor.detach())
         mate.hand_over(root)
