@@ -16,7 +16,7 @@ import pytest
 import diskoffload
 
 _PACKAGE = os.path.dirname(diskoffload.__file__)
-_CALLS = ("copy_file_range", "posix_fadvise")
+_CALLS = ("posix_fadvise",)
 _LIBRARY_CALLS = ("renameat2", "malloc_trim")
 # Nothing is decided by it: anonymous_bytes_of_process reports it.
 _GAUGE = "/proc/self/status"

@@ -23,6 +23,7 @@ from diskoffload.residency.held import Held, State
 from diskoffload.residency.resident import current_value
 from diskoffload.residency.storages import ViewBacking
 from diskoffload.store.header import DTYPE_NAMES, Planned
+from diskoffload.store.read_ahead import ReadAhead
 from diskoffload.store.recipe import Piece, Recipe
 from diskoffload.store.shard_writer import ShardWriter
 from diskoffload.store.stored import AssembledTensor, ShardTensor, Stored
@@ -43,7 +44,7 @@ def save_checkpoint(
     """Write a model as an ordinary checkpoint that transformers and vLLM load.
 
     One tensor is in memory at a time. What did not change since it was read from a file is
-    copied inside the kernel; in-place edits and new values are written from memory. Tied
+    copied from file to file; in-place edits and new values are written from memory. Tied
     tensors are written once. Config, generation config and the source's tokenizer files
     are written beside. The folder appears at ``out`` when all of it is on the disk.
 
@@ -72,15 +73,16 @@ def save_checkpoint(
         raise InvalidInputError(f"max_shard_size is {max_shard_size!r}; give at least one byte")
     items = _items(model)
     layout = lay_out([item.planned for item in items.values()], max_shard_bytes)
-    files = Files()
+    files, ahead = Files(), ReadAhead()
     with new_folder(path, files, overwrite=overwrite) as folder:
         check_space(path, layout.size_bytes)
         with byte_bar(layout.size_bytes, "Saving", show=show_progress) as bar:
             for file, planned in layout.files.items():
                 with ShardWriter(folder / file, planned, files, {"format": "pt"}) as writer:
-                    for name, spec in writer.header.specs.items():
-                        items[name].write(writer)
-                        bar.update(spec.nbytes)
+                    specs = writer.header.specs
+                    for item in ahead.through(map(items.__getitem__, specs), _Item.expected):
+                        item.write(writer)
+                        bar.update(specs[item.name].nbytes)
                     writer.publish()
         index = layout.index_json()
         if index is not None:
@@ -116,13 +118,21 @@ def _write_configs(model: torch.nn.Module, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Item:
-    """One tensor of the result: what it will be called, and how to write it."""
+    """One tensor of the result: what it will be called, how to write it, what is read for that."""
 
     planned: Planned
     write_to: Callable[[ShardWriter, str], None]
+    reads: tuple[ShardTensor, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.planned[0]
 
     def write(self, writer: ShardWriter) -> None:
-        self.write_to(writer, self.planned[0])
+        self.write_to(writer, self.name)
+
+    def expected(self) -> tuple[ShardTensor, ...]:
+        return self.reads
 
 
 def _items(model: torch.nn.Module) -> dict[str, _Item]:
@@ -217,7 +227,15 @@ def _plain_item(name: str, value: _Value) -> _Item:
         else:
             writer.write(key, tensor_bytes(_real(source)))
 
-    return _Item((name, dtype, shape), write)
+    return _Item((name, dtype, shape), write, _reads(value))
+
+
+def _reads(value: _Value) -> tuple[ShardTensor, ...]:
+    """Tell what is most likely read for a value: an edit, which costs a look, is not looked for."""
+    if not isinstance(value, Held):
+        return (value,) if isinstance(value, ShardTensor) else ()
+    stored = value.backing.plain_stored if value.backing is not None else None
+    return (stored,) if stored is not None and value.state is State.VACANT else ()
 
 
 def _source(value: _Value) -> Stored | torch.Tensor:

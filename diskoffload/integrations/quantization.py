@@ -29,6 +29,14 @@ logger = logging.getLogger(__name__)
 # The dtypes in which compressed-tensors keeps a scale in its weight's own dtype.
 _SOURCE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+# Integers of the same size.
+_INTEGERS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+
 # Elements worked on at once. Scratch takes at most 10 bytes for each (a float64 copy, an
 # int8, half an int16): 20 MiB, 8 for bfloat16. Measured: larger blocks are not faster.
 _BLOCK_ELEMENTS = 1 << 21
@@ -217,16 +225,20 @@ class Scheme:
         spoiled = 0
         for top in range(0, weight.shape[0], block_rows):
             rows = slice(top, top + block_rows)
-            groups = weight[rows].reshape(-1, columns // group, group)
-            found, _ = calculate(groups.amin(-1), groups.amax(-1), arguments)
-            scales[rows] = found
-            spoiled += int(found.isfinite().logical_not_().sum())
+            blocks = []
+            largest = scales.new_zeros(len(scales[rows]), columns // group)
             for left in range(0, columns, block_columns):
                 part = weight[rows, left : left + block_columns]
                 parts = part.reshape(len(part), -1, min(group, part.shape[1]))
-                first = left // group
-                divisors = found[:, first : first + parts.shape[1]].unsqueeze(-1)
-                self._store(scratch.divide(parts, divisors), target[rows], left, scratch)
+                groups = slice(left // group, left // group + parts.shape[1])
+                blocks.append((left, parts, groups))
+                scratch.enlarge(largest[:, groups], parts)
+            found, _ = calculate(-largest, largest, arguments)
+            scales[rows] = found
+            spoiled += int(found.isfinite().logical_not_().sum())
+            for left, parts, groups in blocks:
+                ratios = scratch.divide(parts, found[:, groups].unsqueeze(-1))
+                self._store(ratios, target[rows], left, scratch)
         return spoiled
 
     def _store(
@@ -257,6 +269,18 @@ class _Scratch:
         self._ratios = torch.empty(elements, dtype=weight.dtype, device=weight.device)
         self._integers = torch.empty(nibbles, dtype=torch.int8, device=weight.device)
         self._pairs = torch.empty(nibbles // 2, dtype=torch.int16, device=weight.device)
+
+    def enlarge(self, largest: torch.Tensor, parts: torch.Tensor) -> None:
+        """Raise each of ``largest``, none below zero, to the largest magnitude of its part.
+
+        Of floats without their sign bit those are the larger whose bits, as an integer, are; NaN
+        is the largest. torch finds the largest of integers ten times as fast (measured).
+        """
+        bits = _INTEGERS[parts.dtype]
+        magnitudes = self._ratios[: parts.numel()].view(parts.shape).view(bits)
+        torch.bitwise_and(parts.view(bits), torch.iinfo(bits).max, out=magnitudes)
+        seen = largest.view(bits)
+        torch.maximum(seen, magnitudes.amax(-1), out=seen)
 
     def divide(self, part: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """``part / scale``, contiguous, valid until the next call."""

@@ -309,19 +309,16 @@ class _Work:
         tensors = file_job.tensors
         done = len(file.done)
         bar.update(sum(tensor.nbytes for tensor in tensors[:done]))
-        for number in range(done, len(tensors)):
+        for tensor in self._ahead.through(tensors[done:], lambda tensor: [tensor]):
             if stop():
                 raise Interrupted(
                     f"stopped after {self.count_done()} of {self.progress()['of']} tensors; what "
                     f"is done lies in {self._folder}: the same command goes on from there"
                 )
-            if number + 1 < len(tensors):
-                following = tensors[number + 1]
-                self._ahead.begin([following])
             before = file.written_bytes
-            file_job.write(file, tensors[number])
+            file_job.write(file, tensor)
             self.claim.add(file.written_bytes - before)
-            bar.update(tensors[number].nbytes)
+            bar.update(tensor.nbytes)
             if self.claim.is_due:
                 file.sync()
                 self.claim.store(self.progress())

@@ -1,9 +1,9 @@
 """Quantize a checkpoint tensor by tensor, from its files straight into the result's files.
 
 No model is loaded: the meta model says which stored tensors are weights of linear layers,
-each of those is mapped, quantized and written, and everything else is copied inside the
-kernel. What is to have another dtype is converted on the way, in blocks. Final shards are
-written once, into ``OUT.partial``, which becomes ``OUT`` at the end.
+each of those is mapped, quantized and written, and everything else is copied. What is to have
+another dtype is converted on the way, in blocks. Final shards are written once, into
+``OUT.partial``, which becomes ``OUT`` at the end.
 """
 
 from __future__ import annotations
@@ -204,9 +204,8 @@ class _Work:
             Interrupted: ``stop`` said so; what is done is kept.
         """
         tensors = list(self._job.checkpoint.tensors.values())
-        pairs = zip(tensors, [*tensors[1:], None], strict=True)
         try:
-            for number, (tensor, following) in enumerate(pairs):
+            for number, tensor in enumerate(self._ahead.through(tensors, self._reads)):
                 name = tensor.spec.name
                 if name not in self._state.done:
                     if stop():
@@ -214,8 +213,6 @@ class _Work:
                             f"stopped after {number} of {len(tensors)} tensors; what is done lies "
                             f"in {self._folder}: the same command goes on from there"
                         )
-                    if following is not None:
-                        self._ahead.begin([following])
                     self._write(name, tensor)
                     self._state.add(name, self._written_bytes(name))
                 self._count_off(name)
@@ -225,6 +222,9 @@ class _Work:
         except BaseException:
             self._keep()
             raise
+
+    def _reads(self, tensor: ShardTensor | EncodedTensor) -> list[ShardTensor | EncodedTensor]:
+        return [] if tensor.spec.name in self._state.done else [tensor]
 
     def _written_bytes(self, name: str) -> int:
         writers = {key: self._writers.get(self._file_of[key]) for key in self._job.outputs[name]}

@@ -7,7 +7,7 @@ then, so that a container's memory does not fill with what waits to be written.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +24,10 @@ _WRITE_BEHIND_BYTES = 64 << 20
 _DIRECT_FROM_BYTES = 32 << 20
 # Less at a time a disk takes slower than the page cache does.
 _LEAST_DIRECT_BYTES = 1 << 20
+# So few that belong elsewhere in the file do not end what waits, which would leave parts of blocks;
+# they wait beside it, because a file takes no write while it takes one past the cache (1 ms each).
+_FEW_BYTES = 4096
+_MOST_ASIDE_BYTES = 64 << 10
 
 
 def partial_path(path: Path) -> Path:
@@ -63,6 +67,8 @@ class PartialFile:
         self._step: memoryview | None = None
         self._buffer: Memory | None = None
         self._copies = bytearray()
+        self._aside = bytearray()
+        self._aside_offset = 0
         self._since_flush_bytes = 0
         self._has_failed = False  # a write or sync: then it is not known what is in the file
         self._name_is_durable = False
@@ -95,22 +101,54 @@ class PartialFile:
     def write(self, data: memoryview, offset: int, digest: xxhash.xxh3_128 | None = None) -> None:
         """Write bytes; what is in the file agrees with the digest whoever changes them meanwhile.
 
-        They are copied, and wait until a step is full that follows on in the file, so that
-        thousands of small tensors take a few writes. :meth:`sync_data` and :meth:`publish` write
-        what waits. Where blocks can go past the page cache the file must be long enough already.
+        They are copied, and written as those of :meth:`fill`.
+        """
+
+        def copy(part: memoryview, begin: int) -> None:
+            copy_bytes(data[begin : begin + len(part)], part)
+
+        self.fill(len(data), offset, copy, digest)
+
+    def fill(
+        self,
+        nbytes: int,
+        offset: int,
+        put: Callable[[memoryview, int], object],
+        digest: xxhash.xxh3_128 | None = None,
+    ) -> None:
+        """Write bytes that somebody puts into memory of ours, part after part.
+
+        They wait until a step is full that follows on in the file, so that thousands of small
+        tensors take a few writes; few bytes from elsewhere wait beside it. :meth:`sync_data` and
+        :meth:`publish` write what waits. Where blocks can go past the page cache the file must be
+        long enough already.
+
+        Args:
+            nbytes: how many.
+            offset: of the first in the file.
+            put: fills a part; it is told how many went before. What it raises goes through, and
+                what was filled before may be in the file.
+            digest: brought up to date with them.
 
         Raises:
             StorageError: these bytes or earlier ones could not be written.
         """
         if offset != self._end:
+            if self._waiting_bytes and nbytes <= _FEW_BYTES:
+                few = memoryview(bytearray(nbytes))
+                put(few, 0)
+                if digest is not None:
+                    digest.update(few)
+                self._set_aside(few, offset)
+                return
             self._write_waiting()
             self._end = offset
         begin = 0
-        while begin < len(data):
+        while begin < nbytes:
             step = self._step or self._take_step()
             place = self._first + self._waiting_bytes
-            part = step[place : place + len(data) - begin]
-            copy_bytes(data[begin : begin + len(part)], part)
+            part = step[place : place + nbytes - begin]
+            put(part, begin)
             if digest is not None:
                 digest.update(part)
             self._waiting_bytes += len(part)
@@ -118,6 +156,18 @@ class PartialFile:
             begin += len(part)
             if place + len(part) == len(step):
                 self._write_waiting()
+
+    def _set_aside(self, few: memoryview, offset: int) -> None:
+        end = self._aside_offset + len(self._aside)
+        if offset != end or len(self._aside) >= _MOST_ASIDE_BYTES:
+            self._put_aside()
+            self._aside_offset = offset
+        self._aside += few
+
+    def _put_aside(self) -> None:
+        aside, self._aside = self._aside, bytearray()
+        if aside:
+            self.put(memoryview(aside), self._aside_offset)
 
     def _take_step(self) -> memoryview:
         """Give room for what is to wait: blocks of the file begin where those of a buffer do."""
@@ -179,6 +229,7 @@ class PartialFile:
         """
         try:
             self._write_waiting()
+            self._put_aside()
         finally:
             self._end_direct()
 
@@ -213,6 +264,7 @@ class PartialFile:
                 str(self.partial),
             )
         self._write_waiting()
+        self._put_aside()
         with self._noting_failure():
             if self._direct is not None:
                 self._direct.wait()
@@ -244,6 +296,7 @@ class PartialFile:
 
     def _drop_waiting(self) -> None:
         self._step, self._buffer, self._waiting_bytes = None, None, 0
+        self._aside = bytearray()
 
     def leave(self) -> None:
         """Close the file and leave it as it is; what waits and was not synced is not in it."""

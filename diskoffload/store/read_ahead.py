@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
+from typing import TypeVar
 
 from diskoffload.errors import OffloadError
 from diskoffload.store.encoded import EncodedTensor
@@ -22,11 +23,14 @@ from diskoffload.system.memory import HUGE_PAGE_BYTES
 # One that waits for its huge page has the others' on their way meanwhile.
 _THREADS = 4
 _PIECE_BYTES = 2 * HUGE_PAGE_BYTES
-
-
+# So much is asked for before it is needed: it lasts while a few tensors are computed with or
+# written, and a container of half a GB holds it beside them.
+_AHEAD_BYTES = 64 << 20
 # A thread without work waits so long for more: to begin one for each tensor costs more than to read
 # a small one.
 _LINGER_SECONDS = 0.05
+
+_Item = TypeVar("_Item")
 
 
 class ReadAhead:
@@ -68,6 +72,33 @@ class ReadAhead:
                 with self._changed:
                     self._running -= missing
                 break
+
+    def through(
+        self,
+        items: Iterable[_Item],
+        reads: Callable[[_Item], Sequence[ShardTensor | EncodedTensor]],
+    ) -> Iterator[_Item]:
+        """Give items one after the other, having asked for what those after them read.
+
+        Args:
+            items: in the order in which they are needed.
+            reads: tells the tensors that one reads, at a time when those before it may be yet to
+                come.
+        """
+        coming: deque[tuple[_Item, int]] = deque()
+        ahead_bytes = 0
+        for item in items:
+            wanted = reads(item)
+            if wanted:
+                self.begin(wanted)
+            coming.append((item, sum(one.spec.nbytes for one in wanted)))
+            ahead_bytes += coming[-1][1]
+            while coming and ahead_bytes - coming[0][1] >= _AHEAD_BYTES:
+                due, nbytes = coming.popleft()
+                ahead_bytes -= nbytes
+                yield due
+        for due, _ in coming:
+            yield due
 
     def forget(self) -> None:
         """Ask for no more of what waits."""

@@ -442,7 +442,7 @@ class Shard:
     def copy_to(
         self, spec: StoredSpec, writer: ShardWriter, name: str, digest: str | None = None
     ) -> None:
-        """Copy a tensor's bytes into a file being written, inside the kernel.
+        """Copy a tensor's bytes into a file being written: those of the file, never a mapping's.
 
         Raises:
             DamagedFileError: they are not those of the digest, or the file was changed.
@@ -453,7 +453,11 @@ class Shard:
         else:
             with self._opened() as fd:
                 self._check_identity(fd)
-                writer.copy(name, fd, spec.offset)
+
+                def read(part: memoryview, start: int) -> None:
+                    self._files.read_into(fd, part, spec.offset + start, self.path)
+
+                writer.fill(name, read)
                 self._check_identity(fd)
         check = Checking(str(self.path), spec.name, spec.offset, digest)
         check.compare(writer.digests[name])

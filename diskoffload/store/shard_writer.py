@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -20,9 +20,6 @@ from diskoffload.store.digests import (
 from diskoffload.store.header import LENGTH_BYTES, Header, Planned, build_header, parse_header
 from diskoffload.store.partial_file import PartialFile, partial_path
 from diskoffload.system.files import Files
-
-_COPY_STEP_BYTES = 8 << 20
-_READ_BACK_BYTES = 1 << 20
 
 Left = Literal["published", "begun", "nothing"]
 """What an earlier writer left of a file."""
@@ -217,26 +214,16 @@ class ShardWriter:
         self._begun.pop(name, None)
         self.write_part(name, data)
 
-    def copy(self, name: str, source_fd: int, source_offset: int) -> None:
-        """Copy all of a tensor's bytes from another file, inside the kernel.
+    def fill(self, name: str, put: Callable[[memoryview, int], object]) -> None:
+        """Write all of a tensor's bytes, which somebody puts into memory of ours, part after part.
 
-        They are read once more, from the page cache, for their digest.
+        Args:
+            name: the tensor.
+            put: fills a part; it is told how many bytes went before.
         """
-        spec, file = self.header.specs[name], self._file
-        done, digest = 0, xxhash.xxh3_128()
-        buffer = memoryview(bytearray(min(_READ_BACK_BYTES, spec.nbytes)))
-        while done < spec.nbytes:
-            step = min(_COPY_STEP_BYTES, spec.nbytes - done)
-            self._files.copy_range(
-                source_fd, source_offset + done, file.fd, spec.offset + done, step, file.partial
-            )
-            for begin in range(done, done + step, _READ_BACK_BYTES):
-                part = buffer[: min(_READ_BACK_BYTES, done + step - begin)]
-                self._files.read_into(file.fd, part, spec.offset + begin, file.partial)
-                digest.update(part)
-            file.account(step)
-            done += step
-        self._count(name, done, digest)
+        spec, digest = self.header.specs[name], xxhash.xxh3_128()
+        self._file.fill(spec.nbytes, spec.offset, put, digest)
+        self._count(name, spec.nbytes, digest)
 
     def publish(self, *, durable: bool = True) -> Path:
         """Give the complete file its name; nothing may follow.

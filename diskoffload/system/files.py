@@ -25,14 +25,10 @@ from diskoffload.system.portable import IS_LINUX, of_linux, proc
 
 # What devices of today read at once at the least, or a multiple of it.
 BLOCK_BYTES = 4096
-_COPY_STEP_BYTES = 64 << 20
-_FALLBACK_STEP_BYTES = 8 << 20
 # The kernel's usual read-ahead: of a larger request it drops the rest (mm/readahead.c).
 _FETCH_STEP_BYTES = 128 << 10
 # macOS refuses 2 GiB at once where Linux takes a part (read(2), write(2)).
 _CALL_STEP_BYTES = 1 << 30
-# What a file system without copy_file_range answers (copy_file_range(2), ERRORS).
-_CANNOT_COPY_IN_KERNEL = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 # macOS alone has it; these are what file systems without it answer (fcntl(2) there).
 _FULL_SYNC = getattr(fcntl, "F_FULLFSYNC", None)
 _CANNOT_FULL_SYNC = {errno.ENOTSUP, errno.ENOTTY, errno.EINVAL, errno.ENODEV}
@@ -321,31 +317,6 @@ class Files:
         """Give a file its final length; what is not written later reads as zeros."""
         with naming_faults("set the size of the file", path):
             os.ftruncate(fd, nbytes)
-
-    def copy_range(
-        self, source_fd: int, source_offset: int, fd: int, offset: int, nbytes: int, path: Path
-    ) -> None:
-        """Copy bytes between two files inside the kernel, or through a buffer where it can't."""
-        done = 0
-        with naming_faults("copy into the file", path):
-            in_kernel = of_linux(os, "copy_file_range")
-            while done < nbytes and in_kernel is not None:
-                step = min(_COPY_STEP_BYTES, nbytes - done)
-                try:
-                    count = in_kernel(source_fd, fd, step, source_offset + done, offset + done)
-                except OSError as error:
-                    if error.errno in _CANNOT_COPY_IN_KERNEL:
-                        break
-                    raise
-                if count == 0:
-                    break
-                done += count
-        buffer = memoryview(bytearray(min(_FALLBACK_STEP_BYTES, nbytes - done)))
-        while done < nbytes:
-            part = buffer[: min(len(buffer), nbytes - done)]
-            self.read_into(source_fd, part, source_offset + done, path)
-            self.write(fd, part, offset + done, path)
-            done += len(part)
 
     def sync(self, fd: int, path: Path) -> None:
         """Wait until a file's bytes are on the device."""

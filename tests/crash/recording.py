@@ -101,17 +101,6 @@ class Watched(Files):
         whole = super().set_size
         self.watch("set_size", path, lambda: whole(fd, nbytes, path))
 
-    def copy_range(
-        self, source_fd: int, source_offset: int, fd: int, offset: int, nbytes: int, path: Path
-    ) -> None:
-        whole = super().copy_range
-        self.watch(
-            "copy_range",
-            path,
-            lambda: whole(source_fd, source_offset, fd, offset, nbytes, path),
-            lambda: whole(source_fd, source_offset, fd, offset, nbytes // 2, path),
-        )
-
     def sync(self, fd: int, path: Path) -> None:
         self.watch("sync", path, lambda: None)
 
@@ -334,14 +323,6 @@ class Recording(Failing):
                 raise
             finally:
                 self._note("write", path, self._file_of_fd[fd], offset=offset, data=written)
-
-    def copy_range(
-        self, source_fd: int, source_offset: int, fd: int, offset: int, nbytes: int, path: Path
-    ) -> None:
-        with self._in_order:
-            super().copy_range(source_fd, source_offset, fd, offset, nbytes, path)
-            data = os.pread(fd, nbytes, offset)
-            self._note("write", path, self._file_of_fd[fd], offset=offset, data=data)
 
     def set_size(self, fd: int, nbytes: int, path: Path) -> None:
         with self._in_order:

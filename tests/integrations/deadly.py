@@ -16,7 +16,7 @@ from diskoffload.resumable.note import NEW_NOTE_NAME
 
 # Every way in which a Files changes something.
 STEPS = (
-    *("close", "create", "set_size", "write", "copy_range", "sync", "sync_folder", "rename"),
+    *("close", "create", "set_size", "write", "sync", "sync_folder", "rename"),
     *("remove", "make_folder", "remove_folder_if_empty", "lock"),
 )
 

@@ -50,5 +50,5 @@ def _failing(name: str) -> Any:
     return method
 
 
-for _name in ("create", "set_size", "write", "copy_range", "sync_folder", "rename"):
+for _name in ("create", "set_size", "write", "sync_folder", "rename"):
     setattr(Failing, _name, _failing(_name))

@@ -99,7 +99,7 @@ def _recorded(name: str) -> Any:
 
 
 for _name in (
-    *("create", "set_size", "write", "copy_range", "sync", "sync_folder", "rename"),
+    *("create", "set_size", "write", "sync", "sync_folder", "rename"),
     *("remove", "make_folder", "remove_folder_if_empty", "lock"),
 ):
     setattr(Recorder, _name, _recorded(_name))

@@ -29,7 +29,6 @@ from diskoffload.quantize import (
     quantize_checkpoint,
 )
 from diskoffload.store.shard import Shard
-from diskoffload.system.files import Files
 
 pytest.importorskip("compressed_tensors")
 from compressed_tensors.compressors import compress_module
@@ -234,18 +233,18 @@ def test_no_tensor_that_has_the_dtype_already_is_loaded(
 ) -> None:
     source = sources["llama", torch.bfloat16]
     counts = {"read": 0, "copied": 0}
-    read_into, copy_range = Shard.read_into, Files.copy_range
+    read_into, copy_to = Shard.read_into, Shard.copy_to
 
     def counted_read(self: Shard, spec: Any, target: memoryview, start: int = 0) -> None:
         counts["read"] += len(target)
         read_into(self, spec, target, start)
 
-    def counted_copy(self: Files, *arguments: Any) -> None:
-        counts["copied"] += arguments[4]
-        copy_range(self, *arguments)
+    def counted_copy(self: Shard, spec: Any, *arguments: Any) -> None:
+        counts["copied"] += spec.nbytes
+        copy_to(self, spec, *arguments)
 
     monkeypatch.setattr(Shard, "read_into", counted_read)
-    monkeypatch.setattr(Files, "copy_range", counted_copy)
+    monkeypatch.setattr(Shard, "copy_to", counted_copy)
     plan = quantize_checkpoint(source, tmp_path / "out", "W4A16", dtype="bfloat16").plan
     left_bytes = sum(v.nbytes for k, v in stored(source).items() if k in plan.copied)
     assert counts == {"read": 0, "copied": left_bytes}

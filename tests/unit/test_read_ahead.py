@@ -159,3 +159,30 @@ def test_what_was_asked_for_is_in_the_page_cache(disk_path: Path) -> None:
     ReadAhead().begin([stored])
     wait_for_threads()
     assert all(cached_pages(disk_path / "x.safetensors"))
+
+
+@pytest.mark.parametrize("sizes", [[], [1], [40, 40, 40, 40], [1] * 200, [200, 1, 200, 1]])
+def test_so_much_is_asked_for_before_what_comes_first_is_given(
+    monkeypatch: pytest.MonkeyPatch, sizes: list[int]
+) -> None:
+    monkeypatch.setattr(read_ahead, "_AHEAD_BYTES", 64)
+    asked: list[int] = []
+    ahead = ReadAhead()
+    monkeypatch.setattr(ahead, "begin", lambda wanted: asked.append(wanted[0].spec.nbytes))
+
+    class OfSize:
+        def __init__(self, nbytes: int) -> None:
+            self.spec = self
+            self.nbytes = nbytes
+
+    reads: Any = lambda item: [OfSize(item)] if item > 0 else []  # noqa: E731
+    given: list[int] = []
+    for item in ahead.through(sizes, reads):
+        given.append(item)
+        beyond = asked[len(given) :]
+        assert asked[: len(given)] == given  # in the same order, and the one that is given too
+        assert sum(beyond) >= 64 or len(asked) == len(sizes)
+        assert sum(beyond[:-1]) < 64
+    assert given == sizes
+    assert list(ahead.through([0, -1], reads)) == [0, -1]
+    assert len(asked) == len(sizes)  # nothing was asked for what reads nothing
