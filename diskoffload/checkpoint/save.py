@@ -80,7 +80,9 @@ def save_checkpoint(
             for file, planned in layout.files.items():
                 with ShardWriter(folder / file, planned, files, {"format": "pt"}) as writer:
                     specs = writer.header.specs
-                    for item in ahead.through(map(items.__getitem__, specs), _Item.expected):
+                    for item in ahead.through(
+                        map(items.__getitem__, specs), lambda item: item.reads
+                    ):
                         item.write(writer)
                         bar.update(specs[item.name].nbytes)
                     writer.publish()
@@ -130,9 +132,6 @@ class _Item:
 
     def write(self, writer: ShardWriter) -> None:
         self.write_to(writer, self.name)
-
-    def expected(self) -> tuple[ShardTensor, ...]:
-        return self.reads
 
 
 def _items(model: torch.nn.Module) -> dict[str, _Item]:

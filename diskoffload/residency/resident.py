@@ -428,8 +428,7 @@ class Residency:
         """Hide an entry from readers, unless something uses it."""
         for view in list(held.views or ()):
             if view.root is held and is_another_view(view):  # it goes where this one goes
-                become_view(view, held, self)
-                view.publish()
+                self._became_view(view)
         held.unpublish()
         if held.is_unheld():
             return True

@@ -113,7 +113,7 @@ class PartialFile:
         self,
         nbytes: int,
         offset: int,
-        put: Callable[[memoryview, int], object],
+        fill_part: Callable[[memoryview, int], object],
         digest: xxhash.xxh3_128 | None = None,
     ) -> None:
         """Write bytes that somebody puts into memory of ours, part after part.
@@ -126,8 +126,8 @@ class PartialFile:
         Args:
             nbytes: how many.
             offset: of the first in the file.
-            put: fills a part; it is told how many went before. What it raises goes through, and
-                what was filled before may be in the file.
+            fill_part: puts them there; it is told how many went before. What it raises goes
+                through, and what was filled before may be in the file.
             digest: brought up to date with them.
 
         Raises:
@@ -136,7 +136,7 @@ class PartialFile:
         if offset != self._end:
             if self._waiting_bytes and nbytes <= _FEW_BYTES:
                 few = memoryview(bytearray(nbytes))
-                put(few, 0)
+                fill_part(few, 0)
                 if digest is not None:
                     digest.update(few)
                 self._set_aside(few, offset)
@@ -148,7 +148,7 @@ class PartialFile:
             step = self._step or self._take_step()
             place = self._first + self._waiting_bytes
             part = step[place : place + nbytes - begin]
-            put(part, begin)
+            fill_part(part, begin)
             if digest is not None:
                 digest.update(part)
             self._waiting_bytes += len(part)

@@ -214,15 +214,15 @@ class ShardWriter:
         self._begun.pop(name, None)
         self.write_part(name, data)
 
-    def fill(self, name: str, put: Callable[[memoryview, int], object]) -> None:
+    def fill(self, name: str, fill_part: Callable[[memoryview, int], object]) -> None:
         """Write all of a tensor's bytes, which somebody puts into memory of ours, part after part.
 
         Args:
             name: the tensor.
-            put: fills a part; it is told how many bytes went before.
+            fill_part: puts them there; it is told how many bytes went before.
         """
         spec, digest = self.header.specs[name], xxhash.xxh3_128()
-        self._file.fill(spec.nbytes, spec.offset, put, digest)
+        self._file.fill(spec.nbytes, spec.offset, fill_part, digest)
         self._count(name, spec.nbytes, digest)
 
     def publish(self, *, durable: bool = True) -> Path:
