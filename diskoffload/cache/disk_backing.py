@@ -144,7 +144,6 @@ class DiskBacking:
         runs = written_pages(address, nbytes)
         if runs is None:
             return not self._lies_on_file(value)
-        original: torch.Tensor | None = None
         if any(shard.is_gone() for shard in self.stored.shards):
             return any(True for _ in runs)  # there is nothing left to compare with
         for start, stop in runs:
@@ -152,20 +151,14 @@ class DiskBacking:
             whole = start >= address and stop <= address + nbytes
             if whole or last - first > 2 * PAGE_BYTES:
                 return True
-            if original is None:
-                original = _bytes(self.stored.load())
-            part = slice(first - address, last - address)
-            if not torch.equal(_bytes(value)[part], original[part]):
+            if not self._lies_on_file(value, first - address, last - address):
                 return True
         return False
 
-    def _lies_on_file(self, value: torch.Tensor) -> bool:
+    def _lies_on_file(self, value: torch.Tensor, start: int = 0, stop: int | None = None) -> bool:
+        """Compare a value's bytes from ``start`` to ``stop`` with the file's, all by default."""
         assert isinstance(self.stored, (ShardTensor, EncodedTensor))  # no other is mapped
         shard, spec, digest = self.stored.shard, self.stored.spec, self.stored.digest
         if shard.is_gone():  # of what has no digest it cannot be told, so it is written anew
             return digest is not None and digest_of(value).hex() == digest
-        return shard.has_bytes(spec, tensor_bytes(value))
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.frombuffer(tensor_bytes(tensor), dtype=torch.uint8)
+        return shard.has_bytes(spec, tensor_bytes(value)[start:stop], start)

@@ -295,8 +295,10 @@ class Shard:
             self._check_identity(fd)
             self._files.map_again(memory, fd, address, nbytes, self.path)
 
-    def has_bytes(self, spec: StoredSpec, value: memoryview) -> bool:
+    def has_bytes(self, spec: StoredSpec, value: memoryview, start: int = 0) -> bool:
         """Tell whether the file has just these bytes of a tensor, reading a part at a time.
+
+        They are the tensor's from its byte ``start`` on.
 
         Unlike :meth:`read_into` it never asks the mapping, which may be what is in question.
 
@@ -304,10 +306,10 @@ class Shard:
             DamagedFileError: the file was changed or replaced since it was opened.
             StorageError: it cannot be read.
         """
-        buffer = torch.empty(min(_STEP_BYTES, spec.nbytes), dtype=torch.uint8)
-        for start in range(0, spec.nbytes, _STEP_BYTES):
-            part = torch.frombuffer(value[start : start + _STEP_BYTES], dtype=torch.uint8)
-            self.read_at(spec.offset + start, buffer[: len(part)].numpy().data)
+        buffer = torch.empty(min(_STEP_BYTES, len(value)), dtype=torch.uint8)
+        for begin in range(0, len(value), _STEP_BYTES):
+            part = torch.frombuffer(value[begin : begin + _STEP_BYTES], dtype=torch.uint8)
+            self.read_at(spec.offset + start + begin, buffer[: len(part)].numpy().data)
             if not torch.equal(buffer[: len(part)], part):
                 return False
         return True
