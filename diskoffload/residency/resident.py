@@ -176,6 +176,8 @@ class Residency:
                 root = held.root
                 if root.state is State.BENEATH and root.backing and root.backing.memory is None:
                     self._window.enter(root)
+                    if root.nbytes > self._allowance.free_bytes():
+                        self._make_room_for_an_edit()
                     self._look_at_what_leaves()
                     self._mapped.note_read(root, self._allowance.free_bytes())
                 tensor = held.publish()
@@ -197,7 +199,23 @@ class Residency:
         available = self._allowance.free_bytes()
         most = available if self.max_bytes is None else min(available, self.max_bytes)
         self._window.shrink(max(_LEAST_WINDOW_BYTES, most // _WINDOW_SHARE), _LOOKS)
-        for held in self._window.to_look_at(_LOOKS):
+        self._write_edits(_LOOKS)
+
+    def _make_room_for_an_edit(self) -> None:
+        """Have all edits but of what was read just now written, and wait for that.
+
+        Whoever edits a mapped tensor takes its size of memory, and nobody is asked then.
+        """
+        self._window.shrink(0, len(self._window))
+        self._write_edits(len(self._window))
+        under_way = [held for held in self._known if held.ticket is not None]
+        with suppress(*_CANNOT_WRITE):  # the edits stay in memory, and sync will tell
+            _flush(under_way, self._settle_many)
+            self._settle_many()
+
+    def _write_edits(self, most: int) -> None:
+        """Look at so many of the entries that left the window, and write those edited."""
+        for held in self._window.to_look_at(most):
             if held.state is not State.BENEATH or held.is_lent:
                 continue
             held.unpublish()

@@ -28,6 +28,10 @@ class Window:
         self._inside_bytes = 0
         self._least_bytes = 0
 
+    def __len__(self) -> int:
+        """Tell how many there are, those to be looked at included."""
+        return len(self._inside) + len(self._left)
+
     def enter(self, held: Held) -> None:
         """Note that an entry was read just now."""
         key = weakref.ref(held)
