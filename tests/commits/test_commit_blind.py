@@ -22,9 +22,11 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(f"diskoffload.{asker}.written_pages", lambda *_: None)
     names: list[str] = []
 
-    def has_bytes(shard: Shard, spec: Any, value: memoryview, real: Any = Shard.has_bytes) -> bool:
+    real = Shard.has_bytes
+
+    def has_bytes(shard: Shard, spec: Any, value: memoryview, start: int = 0) -> bool:
         names.append(spec.name)
-        return bool(real(shard, spec, value))
+        return real(shard, spec, value, start)
 
     monkeypatch.setattr(Shard, "has_bytes", has_bytes)
     return names
