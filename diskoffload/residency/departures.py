@@ -9,7 +9,7 @@ from diskoffload.residency.foresight import Foresight
 from diskoffload.residency.held import Held
 
 # Who should leave is judged anew for each so many entries once a read.
-_JUDGED_A_READ = 128
+_JUDGED_A_READ = 32
 
 
 class Departures:

@@ -69,15 +69,15 @@ class Foresight:
         return [held for _, held in sorted(uses, key=key)]
 
     def _rank(self, held: Held) -> float:
-        if not self._numbering.known(held):
-            return 0.0
-        return self._numbering.number(held) * _GOLDEN_SECTION % 1.0
+        number = self._numbering.known_number(held)
+        return 0.0 if number is None else number * _GOLDEN_SECTION % 1.0
 
     def is_needed_before(self, one: Held, other: Held) -> bool:
         """Whether one entry is needed before another, or as soon."""
         return self._next_use(one) <= self._next_use(other)
 
     def _next_use(self, held: Held) -> int:
-        if self._order is None or not self._numbering.known(held):
+        number = self._numbering.known_number(held)
+        if self._order is None or number is None:
             return _NEVER
-        return self._order.next_use(self._numbering.number(held))
+        return self._order.next_use(number)

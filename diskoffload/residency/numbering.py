@@ -30,9 +30,9 @@ class Numbering:
         self._settle()
         return self._number(held)
 
-    def known(self, held: Held) -> bool:
-        """Whether an entry has a number."""
-        return held in self._numbers
+    def known_number(self, held: Held) -> int | None:
+        """Give an entry's number, if it has one."""
+        return self._numbers.get(held)
 
     def entry(self, number: int) -> Held | None:
         """Give the entry of a number, unless it is gone."""
@@ -56,5 +56,7 @@ class Numbering:
         return found
 
     def _settle(self) -> None:
+        if not self._shown:
+            return
         for held in self._shown.take():
             self._number(held)

@@ -42,6 +42,10 @@ _MOST_AHEAD_BYTES = 512 << 20
 _IN_PLACE_BYTES = 36 << 20
 # Where nothing can be begun now, it is tried again after so many reads.
 _REST_READS = 4
+# Of many on their way so many are taken before it is looked for more, which costs more than a
+# small one takes to be read; of those in the place of others less, for little is on its way then.
+_LOOK_SHARE, _LOOK_IN_PLACE_SHARE = 2, 4
+_NO_BOUND = 1 << 60
 # How many entries stay readable without asking: a layer's forward reads its own ones again.
 _SHOWN = 4
 # Mapped as long as the weights fit this share of what is available, streamed until they fit the
@@ -87,18 +91,20 @@ class Streaming:
         over = weakref.finalize(self, setattr, self._filling, "is_over", True)
         over.atexit = False  # who reads a weight as the interpreter ends is to have it
         self._fills: weakref.WeakKeyDictionary[Held, Fill] = weakref.WeakKeyDictionary()
+        self._ahead_bytes = 0  # they are many where the entries are small: not summed at each read
         self._shown: deque[weakref.ref[Held]] = deque()
         self._leaving: deque[weakref.ref[Held]] = deque()
         self._departures = Departures(foresight)
         self._awaited: Fill | None = None
         self._rest_reads = 0
+        self._enough_fills = _NO_BOUND
         self._decide_again_at = 0.0
         self._pid = os.getpid()
 
     @property
     def ahead_bytes(self) -> int:
-        """Bytes of what is read ahead."""
-        return sum(fill.nbytes for fill in self._fills.values())
+        """Bytes of what is read ahead; of an entry that is gone, too, until the next look."""
+        return self._ahead_bytes
 
     def decide(self, available_bytes: Callable[[], int], bound_by: Callable[[], str]) -> None:
         """Choose between mapping and streaming, if that is ours to choose; say what and why."""
@@ -167,6 +173,7 @@ class Streaming:
         self._rest_reads = 0
         fill = self._fills.get(held)
         if fill is None or fill.stored is not stored:
+            self._enough_fills = _NO_BOUND  # others are read now than were expected
             fill = self._begin(held, stored)  # it is counted while it is waited for
         self._awaited = fill
         try:
@@ -175,7 +182,8 @@ class Streaming:
                 fill.wait_or_wake()
         finally:
             self._awaited = None
-            self._fills.pop(held, None)
+            if self._fills.pop(held, None) is fill:
+                self._ahead_bytes -= fill.nbytes
         return fill.value(), fill
 
     def _begin(self, held: Held, stored: Streamable) -> Fill:
@@ -184,7 +192,10 @@ class Streaming:
             self.buffers.watch = watch = write_watch()
             how = "by digests" if watch is None else "by asking the kernel what was written to"
             _log.info("edits of streamed weights are found %s", how)
-        fill = self._fills[held] = self._filling.begin(stored, self.buffers)
+        fill = self._filling.begin(stored, self.buffers)
+        before = self._fills.get(held)
+        self._fills[held] = fill
+        self._ahead_bytes += fill.nbytes - (before.nbytes if before is not None else 0)
         return fill
 
     def wake(self) -> None:
@@ -216,6 +227,10 @@ class Streaming:
             leaving: takes an entry's memory.
         """
         self._check_process()
+        if len(self._fills) > self._enough_fills:
+            return
+        self._enough_fills = _NO_BOUND
+        self._ahead_bytes = sum(fill.nbytes for fill in self._fills.values())
         ahead_bytes = looked_at = 0
         for held in self._foresight.expected():
             looked_at += 1
@@ -231,6 +246,7 @@ class Streaming:
             if ahead_bytes + nbytes > min(budget_bytes // _AHEAD_SHARE, most_bytes):
                 # Nothing changes before one of them is taken.
                 self._rest_reads = looked_at if ahead_bytes else _REST_READS
+                self._enough_fills = _enough(len(self._fills), in_place=in_place)
                 return
             while used_bytes + nbytes > budget_bytes:
                 freed_bytes = self._freed_bytes(leaving)
@@ -245,6 +261,7 @@ class Streaming:
             used_bytes += fill.nbytes
             ahead_bytes += fill.nbytes
         self._rest_reads = looked_at // 2
+        self._enough_fills = _enough(len(self._fills), in_place=False)
 
     def _freed_bytes(self, leaving: Leaving) -> int:
         """Take the memory of one entry that is known to have no edits; 0 if there is none."""
@@ -291,7 +308,11 @@ class Streaming:
         """Give up what was read ahead; it is read again when it is needed."""
         for fill in self._fills.values():
             fill.is_abandoned = True
+        self._forget_fills()
+
+    def _forget_fills(self) -> None:
         self._fills.clear()
+        self._ahead_bytes, self._enough_fills = 0, _NO_BOUND
 
     def quiesce(self) -> None:
         """Wait until nothing is read: a direct read during a fork may go to the child."""
@@ -300,12 +321,17 @@ class Streaming:
 
     def _check_process(self) -> None:
         if self._pid != os.getpid():  # the threads that read ahead are the parent's
-            self._fills.clear()
+            self._forget_fills()
             for held in filter(None, (ref() for ref in self._leaving)):
                 held.wake()
             self._leaving.clear()
             self.buffers, self._has_begun = Buffers(), False  # their memory is watched there
             self._pid = os.getpid()
+
+
+def _enough(fills: int, *, in_place: bool) -> int:
+    """Tell how many of those on their way must be exceeded for there to be no need of more."""
+    return fills - 1 - fills // (_LOOK_IN_PLACE_SHARE if in_place else _LOOK_SHARE)
 
 
 def _may_leave(held: Held) -> bool:

@@ -19,7 +19,7 @@ def test_numbers_follow_the_order_of_showing() -> None:
     assert found.numbers() == [0, 1, 2, 3, 4]
     assert found.entry(3) is entries[3]
     late = Held("late", None)
-    assert not found.known(late)
+    assert found.known_number(late) is None
     assert found.number(late) == 5
 
 
