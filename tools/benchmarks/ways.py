@@ -25,6 +25,7 @@ PLAIN = "plain module"
 OURS = "diskoffload"
 OURS_STREAMED = "diskoffload, mode=streamed"
 OURS_BUDGET = "diskoffload, max_memory given"
+OURS_REUSING = "diskoffload, mode=streamed, max_memory given"
 OURS_WRITTEN = "diskoffload, offloaded from memory"
 CT_CPU = "compressed-tensors CPUCache"
 CT_DISK = "compressed-tensors DiskCache"
@@ -41,6 +42,7 @@ NEEDS = {
 
 _OPENED_AS = {
     OURS_BUDGET: OURS,
+    OURS_REUSING: OURS_STREAMED,
     OURS_WRITTEN: OURS,
     CT_CPU: CT_DISK,
     CT_DISK_WRITTEN: CT_DISK,
@@ -66,7 +68,7 @@ def open_as(
         label: one of the above that works on a checkpoint.
         checkpoint: which.
         scratch: an empty folder for what the library writes beside it.
-        budget_bytes: for :data:`OURS_BUDGET`, what it may keep in memory.
+        budget_bytes: for those to which ``max_memory`` is given: what it may keep in memory.
     """
     return bind(label, checkpoint, build(checkpoint.spec), scratch, budget_bytes)
 
@@ -79,9 +81,10 @@ def bind(
     budget_bytes: int | None = None,
 ) -> torch.nn.Module:
     """Bind a model on the meta device to its checkpoint, see :func:`open_as`."""
-    if label in (OURS, OURS_STREAMED, OURS_BUDGET):
-        options: dict[str, Any] = {"mode": "streamed"} if label == OURS_STREAMED else {}
-        if label == OURS_BUDGET:
+    if label in (OURS, OURS_STREAMED, OURS_BUDGET, OURS_REUSING):
+        streams = label in (OURS_STREAMED, OURS_REUSING)
+        options: dict[str, Any] = {"mode": "streamed"} if streams else {}
+        if label in (OURS_BUDGET, OURS_REUSING):
             options["max_memory"] = budget_bytes
         return diskoffload.open_checkpoint(
             checkpoint.folder, model=model, offload_dir=scratch / "offload", **options
