@@ -165,7 +165,8 @@ def test_a_forked_child_reads_all_of_it_within_the_budget(
         for _ in range(2):
             assert sums(model) == wanted
             assert residency.loaded_bytes <= BUDGET_BYTES
-        assert of_parent[0].is_marked == (found == "told" and bool(of_parent[0].buffer))
+        # Memory that was the parent's is not watched here, so not each of them need be marked.
+        assert any(one.is_marked for one in entries) == (found == "told")
 
     in_a_child(read)
     assert sums(model) == wanted

@@ -22,7 +22,7 @@ from .figure import Figure, Outcome, Panel, Place, Plan, bars, outcome
 from .results import Key, Results, Sample
 
 _SCHEME = "W4A16"
-_SIZE_BYTES = {"tiny": 4_000_000, "short": 1_000_000_000, "full": 6_000_000_000}
+_SIZE_BYTES = {"tiny": 4_000_000, "short": 3_000_000_000, "full": 6_000_000_000}
 _ROUNDS = {"tiny": 1, "short": 2, "full": 5}
 # Python, torch, transformers and compressed-tensors take 300 MB of their own, and keep
 # libraries mapped that would else be read again and again.
