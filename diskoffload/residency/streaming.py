@@ -42,9 +42,9 @@ _MOST_AHEAD_BYTES = 512 << 20
 _IN_PLACE_BYTES = 36 << 20
 # Where nothing can be begun now, it is tried again after so many reads.
 _REST_READS = 4
-# Of many on their way so many are taken before it is looked for more, which costs more than a
-# small one takes to be read; of those in the place of others less, for little is on its way then.
-_LOOK_SHARE, _LOOK_IN_PLACE_SHARE = 2, 4
+# Of many on their way such a part is taken before it is looked for more, which costs more than a
+# small one takes to be read.
+_LOOK_SHARE = 4
 _NO_BOUND = 1 << 60
 # How many entries stay readable without asking: a layer's forward reads its own ones again.
 _SHOWN = 4
@@ -246,7 +246,7 @@ class Streaming:
             if ahead_bytes + nbytes > min(budget_bytes // _AHEAD_SHARE, most_bytes):
                 # Nothing changes before one of them is taken.
                 self._rest_reads = looked_at if ahead_bytes else _REST_READS
-                self._enough_fills = _enough(len(self._fills), in_place=in_place)
+                self._enough_fills = _enough(len(self._fills))
                 return
             while used_bytes + nbytes > budget_bytes:
                 freed_bytes = self._freed_bytes(leaving)
@@ -261,7 +261,7 @@ class Streaming:
             used_bytes += fill.nbytes
             ahead_bytes += fill.nbytes
         self._rest_reads = looked_at // 2
-        self._enough_fills = _enough(len(self._fills), in_place=False)
+        self._enough_fills = _enough(len(self._fills))
 
     def _freed_bytes(self, leaving: Leaving) -> int:
         """Take the memory of one entry that is known to have no edits; 0 if there is none."""
@@ -329,9 +329,9 @@ class Streaming:
             self._pid = os.getpid()
 
 
-def _enough(fills: int, *, in_place: bool) -> int:
+def _enough(fills: int) -> int:
     """Tell how many of those on their way must be exceeded for there to be no need of more."""
-    return fills - 1 - fills // (_LOOK_IN_PLACE_SHARE if in_place else _LOOK_SHARE)
+    return fills - 1 - fills // _LOOK_SHARE
 
 
 def _may_leave(held: Held) -> bool:
