@@ -46,7 +46,7 @@ FIGURES: dict[str, Figure] = {
     )
 }
 # What explains the other figures takes five minutes more: in the long form, or when it is named.
-_NOT_IN_SHORT = (growth.FIGURE.name, stages.FIGURE.name)
+_NOT_IN_SHORT = (growth.FIGURE.name, throttled.FIGURE.name, stages.FIGURE.name)
 _FAILED, _WRONG, _INTERRUPTED = 1, 2, 130
 
 
@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=list(FIGURES),
         metavar="NAME",
         help=f"{', '.join(FIGURES)}; without it, the short form leaves out "
-        + " and ".join(_NOT_IN_SHORT),
+        + ", ".join(_NOT_IN_SHORT),
     )
     parser.add_argument(
         "--arm",

@@ -15,7 +15,7 @@ from .figure import Figure, Outcome, Panel, Place, Plan, bars, outcome, sizes
 from .results import Key, Results, Sample
 
 _SPECS = {"tiny": Spec(4, 64), "short": Spec(64, 2048), "full": Spec(64, 4096)}
-_ROUNDS = {"tiny": 1, "short": 2, "full": 5}
+_ROUNDS = {"tiny": 1, "short": 3, "full": 5}
 _READ_AHEAD_KIB = (128, 8192)
 _OURS = [ways.OURS, ways.OURS_STREAMED, ways.OURS_REUSING]
 # What is given as max_memory, of the model: its buffers are used again and again.
