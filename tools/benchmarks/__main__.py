@@ -45,7 +45,8 @@ FIGURES: dict[str, Figure] = {
         *(compression, throttled, stages),
     )
 }
-# What explains the other figures, and slow disks, take eight minutes more: in the long form, or when it is named.
+# What explains the other figures, and slow disks, take eight minutes more: in the long form, or
+# when named.
 _NOT_IN_SHORT = (growth.FIGURE.name, throttled.FIGURE.name, stages.FIGURE.name)
 _FAILED, _WRONG, _INTERRUPTED = 1, 2, 130
 
