@@ -45,6 +45,8 @@ _REST_READS = 4
 # Of many on their way such a part is taken before it is looked for more, which costs more than a
 # small one takes to be read.
 _LOOK_SHARE = 4
+# With no more than so many it is looked as soon as there may be room for another.
+_FEW_FILLS = 8
 _NO_BOUND = 1 << 60
 # How many entries stay readable without asking: a layer's forward reads its own ones again.
 _SHOWN = 4
@@ -254,6 +256,8 @@ class Streaming:
                     freed_bytes = self._begin_to_leave(held, stored.nbytes, leaving)
                 if not freed_bytes:
                     self._rest_reads = 0 if self._leaving else _REST_READS
+                    if len(self._fills) > _FEW_FILLS:
+                        self._enough_fills = _enough(len(self._fills))
                     return
                 used_bytes -= freed_bytes
             self.buffers.shrink(budget_bytes - used_bytes - nbytes, spare_bytes=nbytes)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import diskoffload
+from diskoffload.residency import streaming as streaming_module
 from diskoffload.residency.foresight import Foresight
 from diskoffload.residency.held import Held
 
@@ -43,9 +44,16 @@ def looked_at(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 @pytest.mark.parametrize("budget_bytes", [1 << 30, 60 << 20])
+@pytest.mark.parametrize("digested", [False, True])
 def test_a_read_looks_at_few_of_the_others(
-    tmp_path: Path, looked_at: Counter[str], budget_bytes: int
+    tmp_path: Path,
+    looked_at: Counter[str],
+    budget_bytes: int,
+    digested: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if digested:  # as where the kernel tells of no edits
+        monkeypatch.setattr(streaming_module, "write_watch", lambda: None)
     plain = chain()
     (tmp_path / "c").mkdir()
     save_file(plain.state_dict(), tmp_path / "c" / "model.safetensors")
@@ -64,7 +72,7 @@ def test_a_read_looks_at_few_of_the_others(
             assert torch.equal(mine.weight, theirs.weight)
         del mine, theirs
         assert looked_at["coming"] <= 20 * LAYERS
-        assert looked_at["leaving"] <= 24 * LAYERS
+        assert looked_at["leaving"] <= 36 * LAYERS
         residency = model[0]._parameters.residency
         # What is told without a sum is what the sum would be.
         streaming = residency._streaming
