@@ -233,11 +233,12 @@ class Streaming:
             return
         self._enough_fills = _NO_BOUND
         self._ahead_bytes = sum(fill.nbytes for fill in self._fills.values())
-        ahead_bytes = looked_at = 0
+        ahead_bytes = ahead = looked_at = 0
         for held in self._foresight.expected():
             looked_at += 1
             if held in self._fills:
                 ahead_bytes += self._fills[held].nbytes
+                ahead += 1
                 continue
             stored = self.to_stream(held)
             if stored is None or held.state is not State.VACANT:
@@ -248,7 +249,7 @@ class Streaming:
             if ahead_bytes + nbytes > min(budget_bytes // _AHEAD_SHARE, most_bytes):
                 # Nothing changes before one of them is taken.
                 self._rest_reads = looked_at if ahead_bytes else _REST_READS
-                self._enough_fills = _enough(len(self._fills))
+                self._rest_until_taken(ahead)
                 return
             while used_bytes + nbytes > budget_bytes:
                 freed_bytes = self._freed_bytes(leaving)
@@ -256,16 +257,24 @@ class Streaming:
                     freed_bytes = self._begin_to_leave(held, stored.nbytes, leaving)
                 if not freed_bytes:
                     self._rest_reads = 0 if self._leaving else _REST_READS
-                    if len(self._fills) > _FEW_FILLS:
-                        self._enough_fills = _enough(len(self._fills))
+                    if ahead > _FEW_FILLS:
+                        self._rest_until_taken(ahead)
                     return
                 used_bytes -= freed_bytes
             self.buffers.shrink(budget_bytes - used_bytes - nbytes, spare_bytes=nbytes)
             fill = self._begin(held, stored)
             used_bytes += fill.nbytes
             ahead_bytes += fill.nbytes
+            ahead += 1
         self._rest_reads = looked_at // 2
-        self._enough_fills = _enough(len(self._fills))
+        self._rest_until_taken(ahead)
+
+    def _rest_until_taken(self, ahead: int) -> None:
+        """Look no more until some are taken of so many that are expected, and on their way.
+
+        Others may be on their way, which are not expected any more: they are not counted on.
+        """
+        self._enough_fills = len(self._fills) - 1 - ahead // _LOOK_SHARE
 
     def _freed_bytes(self, leaving: Leaving) -> int:
         """Take the memory of one entry that is known to have no edits; 0 if there is none."""
@@ -331,11 +340,6 @@ class Streaming:
             self._leaving.clear()
             self.buffers, self._has_begun = Buffers(), False  # their memory is watched there
             self._pid = os.getpid()
-
-
-def _enough(fills: int) -> int:
-    """Tell how many of those on their way must be exceeded for there to be no need of more."""
-    return fills - 1 - fills // _LOOK_SHARE
 
 
 def _may_leave(held: Held) -> bool:
