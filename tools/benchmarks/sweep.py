@@ -33,20 +33,26 @@ class WarmError(RuntimeError):
 
 def measure(label: str, folder: str, scratch: str) -> list[Sample]:
     """Open a model and run it once. (An arm's work.)"""
+    return _opened_and_swept(label, folder, scratch, may_be_warm=False)
+
+
+def measure_warm(label: str, folder: str, scratch: str) -> list[Sample]:
+    """Do as :func:`measure`, whatever is in memory. (An arm's work.)"""
+    return _opened_and_swept(label, folder, scratch, may_be_warm=True)
+
+
+def arithmetic(folder: str, scratch: str) -> list[Sample]:
+    """Run a model that is in memory, for the processor time alone. (An arm's work.)"""
+    ran = measure_warm(ways.PLAIN, folder, scratch)
+    return [sample for sample in ran if sample.metric == "cpu_seconds"]
+
+
+def _opened_and_swept(label: str, folder: str, scratch: str, *, may_be_warm: bool) -> list[Sample]:
     ways.warm_up(label, scratch)
     checkpoint = there(folder)
     budget_bytes = int(_BUDGET_SHARE * checkpoint.spec.size_bytes)
     model = ways.open_as(label, checkpoint, Path(scratch), budget_bytes)
-    return swept(model, checkpoint, may_be_warm=False)
-
-
-def arithmetic(folder: str, scratch: str) -> list[Sample]:
-    """Run a model that is in memory, for what the processor takes whoever reads it."""
-    ways.warm_up(ways.PLAIN, scratch)
-    checkpoint = there(folder)
-    model = ways.open_as(ways.PLAIN, checkpoint, Path(scratch))
-    ran = swept(model, checkpoint, may_be_warm=True)
-    return [sample for sample in ran if sample.metric == "cpu_seconds"]
+    return swept(model, checkpoint, may_be_warm=may_be_warm)
 
 
 def swept(model: torch.nn.Module, checkpoint: Checkpoint, *, may_be_warm: bool) -> list[Sample]:
@@ -155,15 +161,6 @@ def _arms(checkpoint: Checkpoint, queue: Path | None, kib: int | None, scale: st
 
 def _labels() -> list[str]:
     return [*(_OURS if ways.can_stream() else [ways.OURS]), ways.CT_DISK, ways.ACCELERATE]
-
-
-def measure_warm(label: str, folder: str, scratch: str) -> list[Sample]:
-    """Do as :func:`measure`, whatever is in memory. (An arm's work.)"""
-    ways.warm_up(label, scratch)
-    checkpoint = there(folder)
-    budget_bytes = int(_BUDGET_SHARE * checkpoint.spec.size_bytes)
-    model = ways.open_as(label, checkpoint, Path(scratch), budget_bytes)
-    return swept(model, checkpoint, may_be_warm=True)
 
 
 def _judge(results: Results) -> list[Outcome]:
