@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,10 @@ _INTEGERS = {
 # Elements worked on at once. Scratch takes at most 10 bytes for each (a float64 copy, an
 # int8, half an int16): 20 MiB, 8 for bfloat16. Measured: larger blocks are not faster.
 _BLOCK_ELEMENTS = 1 << 21
+
+# Scales are computed for so many blocks at once: it is a dozen calls of torch for few numbers. Each
+# block is read twice, so the others must not push it out of the page cache, whatever the weight.
+_BLOCKS_TOGETHER = 8
 
 # Keys of config.json that only a quantized checkpoint has, and whose they are where they
 # name no method ("compression_config" is what compressed-tensors wrote at first).
@@ -214,32 +218,41 @@ class Scheme:
         self, weight: torch.Tensor, calculate: Any, scales: torch.Tensor, target: torch.Tensor
     ) -> int:
         """Write the scales and the float8 or packed bytes; count the scales not finite."""
-        arguments = self._weight_arguments()
-        columns = weight.shape[1]
-        group = self.group_size or columns
-        block_rows = max(1, _BLOCK_ELEMENTS // columns)
-        # A block cuts no group, unless the group is a row too long for one block.
-        unit = self.group_size or 1
-        block_columns = min(columns, max(unit, _BLOCK_ELEMENTS // unit * unit))
+        block_rows, block_columns = self._block_shape(weight.shape[1])
         scratch = _Scratch(min(weight.numel(), block_rows * block_columns), weight, self.bits)
+        arguments = self._weight_arguments()
         spoiled = 0
-        for top in range(0, weight.shape[0], block_rows):
-            rows = slice(top, top + block_rows)
-            blocks = []
-            largest = scales.new_zeros(len(scales[rows]), columns // group)
-            for left in range(0, columns, block_columns):
-                part = weight[rows, left : left + block_columns]
-                parts = part.reshape(len(part), -1, min(group, part.shape[1]))
-                groups = slice(left // group, left // group + parts.shape[1])
-                blocks.append((left, parts, groups))
-                scratch.enlarge(largest[:, groups], parts)
+        for top in range(0, len(weight), block_rows * _BLOCKS_TOGETHER):
+            rows = slice(top, top + block_rows * _BLOCKS_TOGETHER)
+            band, largest = weight[rows], torch.zeros_like(scales[rows])
+            for at, _, parts, groups in self._blocks(band):
+                scratch.enlarge(largest[at, groups], parts)
             found, _ = calculate(-largest, largest, arguments)
             scales[rows] = found
             spoiled += int(found.isfinite().logical_not_().sum())
-            for left, parts, groups in blocks:
-                ratios = scratch.divide(parts, found[:, groups].unsqueeze(-1))
-                self._store(ratios, target[rows], left, scratch)
+            for at, left, parts, groups in self._blocks(band):
+                ratios = scratch.divide(parts, found[at, groups].unsqueeze(-1))
+                self._store(ratios, target[rows][at], left, scratch)
         return spoiled
+
+    def _blocks(self, weight: torch.Tensor) -> Iterator[tuple[slice, int, torch.Tensor, slice]]:
+        """Cut a weight: rows, first column, (rows, groups, columns of a group), groups."""
+        columns = weight.shape[1]
+        group = self.group_size or columns
+        block_rows, block_columns = self._block_shape(columns)
+        for top in range(0, weight.shape[0], block_rows):
+            rows = slice(top, top + block_rows)
+            for left in range(0, columns, block_columns):
+                part = weight[rows, left : left + block_columns]
+                parts = part.reshape(len(part), -1, min(group, part.shape[1]))
+                first = left // group
+                yield rows, left, parts, slice(first, first + parts.shape[1])
+
+    def _block_shape(self, columns: int) -> tuple[int, int]:
+        """Give a block's rows and columns; it cuts no group but a row too long for one block."""
+        unit = self.group_size or 1
+        block_columns = min(columns, max(unit, _BLOCK_ELEMENTS // unit * unit))
+        return max(1, _BLOCK_ELEMENTS // columns), block_columns
 
     def _store(
         self, ratios: torch.Tensor, target: torch.Tensor, left: int, scratch: _Scratch

@@ -30,7 +30,10 @@ _LEAST_LIMIT_BYTES = 700_000_000
 _INTERPRETER_BYTES = 450_000_000
 _COMMAND = "diskoffload quantize"
 _SUMS = "its arithmetic alone"
-_IN_QUANTIZER = ("transformers", "compressed_tensors.quantization")
+_IN_QUANTIZER = (
+    "transformers.models.llama.modeling_llama",
+    "compressed_tensors.quantization.utils",
+)
 _NEEDS = ("transformers", "compressed_tensors")
 
 
