@@ -18,7 +18,7 @@ from .sweep import swept
 
 _TENSORS = {
     "tiny": (10, 100),
-    "short": (100, 1000, 10_000),
+    "short": (100, 1000, 10_000, 100_000),
     "full": (100, 1000, 10_000, 100_000),
 }
 _TOTAL_BYTES = {"tiny": 1 << 16, "short": 64 << 20, "full": 256 << 20}
