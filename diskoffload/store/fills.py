@@ -9,7 +9,6 @@ need not.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import torch
 import xxhash
 
 from diskoffload.store.buffers import Buffers
+from diskoffload.store.lingering import LingeringThreads
 from diskoffload.store.pieces import Hand, Pieces, Streamable, pieces_of
 from diskoffload.system.memory import Memory
 from diskoffload.system.write_watch import Mark, WriteWatch
@@ -28,9 +28,6 @@ _READERS = 4
 # One more digests what was read and what is to be read over: the device must not wait for that,
 # nor that for a piece to be read.
 _THREADS = _READERS + 1
-# A thread without work waits so long for more: beginning one for each tensor costs more than
-# the reads of small ones, and one that stays would outlive its model.
-_LINGER_SECONDS = 0.05
 
 
 class Fill:
@@ -160,27 +157,25 @@ class Check:
             self._when_known()
 
 
-class Filling:
-    """Reads tensors into buffers, and digests buffers. Thread-safe.
+class Filling(LingeringThreads):
+    """Reads tensors into buffers, and digests buffers. Thread-safe, in a forked child too.
 
-    Its threads live only while there is something to do, and a moment longer. In a forked child
-    it begins anew.
-
-    Attributes:
-        is_over: nobody waits for what is still to be read, so it is not. May be set from a
-            finalizer: it takes no lock.
+    What is still to be read when it ``is_over`` is abandoned.
     """
 
     def __init__(self) -> None:
-        self.is_over = False
-        self._begin_anew()
+        super().__init__("diskoffload-fill", _THREADS, is_daemon=False)
 
-    def _begin_anew(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
+    def _forget_queued(self) -> None:
         self._pieces: deque[tuple[Fill, int, int]] = deque()
         self._checks: deque[Check] = deque()
-        self._running = self._waiting = self._reading = 0
-        self._pid = os.getpid()
+        self._reading = 0
+
+    def _count_queued(self) -> int:
+        return len(self._pieces) + len(self._checks)
+
+    def _has_work(self) -> bool:
+        return bool(self._checks) or (bool(self._pieces) and self._reading < _READERS)
 
     def begin(self, stored: Streamable, buffers: Buffers) -> Fill:
         """Begin to read a tensor into one of the buffers; read it, if no thread can be had.
@@ -190,11 +185,10 @@ class Filling:
         """
         pieces = pieces_of(stored)
         fill = Fill(stored, pieces, buffers.take(pieces.room_bytes), buffers.watch)
-        if self._pid != os.getpid():  # the threads are the parent's, and so may be the lock
-            self._begin_anew()
+        self._check_process()
         with self._changed:
             self._pieces.extend((fill, start, stop) for start, stop in pieces.ranges)
-        self._have_threads()
+        self._work_on_it()
         return fill
 
     def check(self, data: memoryview, when_known: Callable[[], None]) -> Check:
@@ -205,58 +199,17 @@ class Filling:
             when_known: called by the thread that made the digest; must not raise or wait.
         """
         check = Check(data, when_known)
-        if self._pid != os.getpid():
-            self._begin_anew()
+        self._check_process()
         with self._changed:
             self._checks.append(check)
-        self._have_threads()
+        self._work_on_it()
         return check
 
-    def _have_threads(self) -> None:
-        """See to it that what is queued is worked on: by threads, or here."""
-        with self._changed:
-            queued = len(self._pieces) + len(self._checks)
-            self._changed.notify(queued)
-            wanted = min(_THREADS - self._running, queued - self._waiting)
-            self._running += max(0, wanted)
-        for missing in range(wanted, 0, -1):
-            try:
-                threading.Thread(target=self._work, name="diskoffload-fill").start()
-            except RuntimeError:  # the system has none left
-                with self._changed:
-                    self._running -= missing
-                    is_nobody_there = not self._running
-                if is_nobody_there:
-                    self._drain()
-                break
-
-    def _work(self) -> None:
-        try:
+    def _work_on_it(self) -> None:
+        if not self._have_threads():
             self._drain()
-            while self._stays():
-                self._drain()
-        except BaseException:  # else nobody would be begun in its place
-            with self._changed:
-                self._running -= 1
-            raise
-
-    def _stays(self) -> bool:
-        """Wait a moment for more to do; tell whether there is, else the thread counts no more."""
-        with self._changed:
-            if not self._has_work() and not self.is_over:
-                self._waiting += 1
-                self._changed.wait_for(self._has_work, _LINGER_SECONDS)
-                self._waiting -= 1
-            if self._has_work():
-                return True
-            self._running -= 1
-            return False
-
-    def _has_work(self) -> bool:
-        return bool(self._checks) or (bool(self._pieces) and self._reading < _READERS)
 
     def _drain(self) -> None:
-        """Do what is queued until nothing is left."""
         hand = Hand()
         while True:
             with self._changed:

@@ -6,8 +6,6 @@ or less (measured): a thread of its own has them read earlier, in huge pages whe
 
 from __future__ import annotations
 
-import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -17,6 +15,7 @@ from typing import TypeVar
 from diskoffload.errors import OffloadError
 from diskoffload.store.encoded import EncodedTensor
 from diskoffload.store.header import StoredSpec
+from diskoffload.store.lingering import LingeringThreads
 from diskoffload.store.stored import ShardTensor
 from diskoffload.system.memory import HUGE_PAGE_BYTES
 
@@ -26,52 +25,36 @@ _PIECE_BYTES = 2 * HUGE_PAGE_BYTES
 # So much is asked for before it is needed: it lasts while a few tensors are computed with or
 # written, and a container of half a GB holds it beside them.
 _AHEAD_BYTES = 64 << 20
-# A thread without work waits so long for more: to begin one for each tensor costs more than to read
-# a small one.
-_LINGER_SECONDS = 0.05
 
 _Item = TypeVar("_Item")
 
 
-class ReadAhead:
-    """Has the kernel read tensors' bytes. Thread-safe.
+class ReadAhead(LingeringThreads):
+    """Has the kernel read tensors' bytes. Thread-safe, in a forked child too.
 
-    Its threads live only while there is something to ask for, and a moment longer. In a forked
-    child it begins anew.
-
-    Attributes:
-        is_over: nobody waits for what is still to be read, so it is not. May be set from a
-            finalizer: it takes no lock.
+    What is still to be read when it ``is_over`` is not. It is only a hint: where the system has no
+    thread left, nothing is read.
     """
 
     def __init__(self) -> None:
-        self.is_over = False
-        self._begin_anew()
+        super().__init__("diskoffload-ahead", _THREADS, is_daemon=True)
 
-    def _begin_anew(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
+    def _forget_queued(self) -> None:
         self._waiting: deque[tuple[ShardTensor | EncodedTensor, int, int]] = deque()
-        self._running = self._idle = 0
-        self._pid = os.getpid()
+
+    def _count_queued(self) -> int:
+        return len(self._waiting)
+
+    def _has_work(self) -> bool:
+        return bool(self._waiting)
 
     def begin(self, wanted: Sequence[ShardTensor | EncodedTensor]) -> None:
         """Ask for tensors, in this order, as far as they are not in the page cache already."""
-        if self._pid != os.getpid():  # the threads are the parent's, and so may be the lock
-            self._begin_anew()
+        self._check_process()
         with self._changed:
             for stored in wanted:
                 self._waiting.extend((stored, *part) for part in _pieces(stored.spec))
-            queued = len(self._waiting)
-            self._changed.notify(queued)
-            starting = max(0, min(_THREADS - self._running, queued - self._idle))
-            self._running += starting
-        for missing in range(starting, 0, -1):
-            try:
-                threading.Thread(target=self._work, name="diskoffload-ahead", daemon=True).start()
-            except RuntimeError:  # the system has none left, and it is only a hint
-                with self._changed:
-                    self._running -= missing
-                break
+        self._have_threads()
 
     def through(
         self,
@@ -102,30 +85,16 @@ class ReadAhead:
 
     def forget(self) -> None:
         """Ask for no more of what waits."""
-        if self._pid != os.getpid():
-            self._begin_anew()
+        self._check_process()
         with self._changed:
             self._waiting.clear()
-
-    def _work(self) -> None:
-        try:
-            self._drain()
-        except BaseException:  # else nobody would be begun in its place
-            with self._changed:
-                self._running -= 1
-            raise
 
     def _drain(self) -> None:
         while True:
             with self._changed:
                 if self.is_over:
                     self._waiting.clear()
-                elif not self._waiting:
-                    self._idle += 1
-                    self._changed.wait_for(lambda: bool(self._waiting), _LINGER_SECONDS)
-                    self._idle -= 1
                 if not self._waiting:
-                    self._running -= 1
                     return
                 stored, start, stop = self._waiting.popleft()
             with suppress(OffloadError):  # whoever reads it is told

@@ -8,7 +8,7 @@ import time
 import pytest
 import xxhash
 
-from diskoffload.store import fills
+from diskoffload.store import fills, lingering
 from diskoffload.store.fills import Check, Filling
 from diskoffload.system.memory import anonymous
 
@@ -64,13 +64,13 @@ def test_threads_are_used_again_and_end(monkeypatch: pytest.MonkeyPatch) -> None
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", counted)
-    monkeypatch.setattr(fills, "_LINGER_SECONDS", 5.0)
+    monkeypatch.setattr(lingering, "_LINGER_SECONDS", 5.0)
     filling, told = Filling(), threading.Semaphore(0)
     for _ in range(50):
         filling.check(memoryview(b"a"), lambda: told.release())
         assert told.acquire(timeout=60)
     assert len(begun) <= fills._THREADS
-    monkeypatch.setattr(fills, "_LINGER_SECONDS", 0.0)
+    monkeypatch.setattr(lingering, "_LINGER_SECONDS", 0.0)
     filling.is_over = True
     with filling._changed:
         filling._changed.notify_all()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from thread_limit import threads_left
 
 from diskoffload.store.buffers import Buffers
 from diskoffload.store.fills import Filling
@@ -17,23 +17,13 @@ from diskoffload.store.stored import stored_tensors
 from diskoffload.system.files import Files
 
 
-@pytest.mark.parametrize("threads_left", [0, 1])
-def test_a_value_is_read_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads_left: int
-) -> None:
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_value_is_read_whole(tmp_path: Path, count: int) -> None:
     value = torch.arange(2 * PIECE_BYTES + 4096, dtype=torch.int64).to(torch.uint8)
     save_file({"a": value, "b": value + 1}, tmp_path / "x.safetensors")
     stored = stored_tensors(Shard(tmp_path / "x.safetensors", Files()))
-    start, left = threading.Thread.start, [threads_left]
-
-    def limited(thread: threading.Thread) -> None:
-        if not left[0]:
-            raise RuntimeError("can't start new thread")
-        left[0] -= 1
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", limited)
     filling, buffers = Filling(), Buffers()
-    for name, wanted in (("a", value), ("b", value + 1)):
-        found = filling.begin(stored[name], buffers).value()
-        assert torch.equal(found, wanted)
+    with threads_left(count):
+        for name, wanted in (("a", value), ("b", value + 1)):
+            found = filling.begin(stored[name], buffers).value()
+            assert torch.equal(found, wanted)

@@ -15,10 +15,11 @@ import torch
 from linux_only import linux_only
 from page_cache import cached_pages
 from safetensors.torch import save_file
+from thread_limit import threads_left
 
 from diskoffload.residency.foresight import Foresight
 from diskoffload.residency.mapped import Mapped
-from diskoffload.store import read_ahead
+from diskoffload.store import lingering, read_ahead
 from diskoffload.store.read_ahead import ReadAhead
 from diskoffload.store.shard import Shard
 from diskoffload.store.stored import ShardTensor, stored_tensors
@@ -90,7 +91,7 @@ def test_only_the_pieces_in_hand_are_read_when_their_owner_goes(tmp_path: Path) 
 def test_a_thread_stays_for_what_comes_a_moment_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(read_ahead, "_LINGER_SECONDS", 60)
+    monkeypatch.setattr(lingering, "_LINGER_SECONDS", 60)
     stored, ahead = made(tmp_path, MIB, HeldUp), ReadAhead()
     go.set()
     started: list[threading.Thread] = []
@@ -106,31 +107,20 @@ def test_a_thread_stays_for_what_comes_a_moment_later(
             assert time.monotonic() < until_seconds
             time.sleep(0.001)
     assert len(started) == 1
-    monkeypatch.setattr(read_ahead, "_LINGER_SECONDS", 0)
+    monkeypatch.setattr(lingering, "_LINGER_SECONDS", 0)
     ahead.begin([stored])
     wait_for_threads()
 
 
-@pytest.mark.parametrize("threads_left", [0, 1])
-def test_it_is_a_hint_where_the_system_has_no_thread_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads_left: int
-) -> None:
+@pytest.mark.parametrize("count", [0, 1])
+def test_it_is_a_hint_where_the_system_has_no_thread_left(tmp_path: Path, count: int) -> None:
     stored, ahead = made(tmp_path, 9 * MIB, HeldUp), ReadAhead()
     go.set()
-    start, left = threading.Thread.start, [threads_left]
-
-    def limited(thread: threading.Thread) -> None:
-        if not left[0]:
-            raise RuntimeError("can't start new thread")
-        left[0] -= 1
-        start(thread)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(threading.Thread, "start", limited)
+    with threads_left(count):
         ahead.begin([stored])
         wait_for_threads()
     pieces = len(stored.shard.__dict__.get("pieces", ()))
-    assert (pieces > 0) == (threads_left > 0)
+    assert (pieces > 0) == (count > 0)
     ahead.begin([stored])
     wait_for_threads()
     assert not ahead._waiting
