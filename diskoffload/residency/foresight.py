@@ -31,11 +31,11 @@ class Foresight:
         """Give every entry that is or was shown, or was read."""
         return iter(self._numbering)
 
-    def read(self, held: Held) -> None:
-        """Note that an entry was asked for."""
+    def read(self, held: Held) -> bool:
+        """Note that an entry was asked for; tell whether it was the one that was expected."""
         if self._order is None:
             self._order = Order(self._numbering.numbers())
-        self._order.read(self._numbering.number(held))
+        return self._order.read(self._numbering.number(held))
 
     def expected(self) -> Iterator[Held]:
         """Give the entries that will be read next, in order, each once; at most some hundred."""

@@ -96,10 +96,15 @@ class Order:
         for key in expected:
             self._append(key)
 
-    def read(self, key: Key) -> None:
-        """Note that a key was read just now."""
+    def read(self, key: Key) -> bool:
+        """Note that a key was read just now; tell whether it was the expected one."""
         following = self._at + 1
-        if self._begins or following >= len(self._sequence) or self._sequence[following] != key:
+        was_expected = (
+            not self._begins
+            and following < len(self._sequence)
+            and self._sequence[following] == key
+        )
+        if not was_expected:
             following = self._find(key)
         self._begins = False
         habit = self._learn(key)
@@ -109,6 +114,7 @@ class Order:
         if len(self._sequence) >= max(_LEAST_LENGTH, 2 * _PASSES * len(self._places)):
             self._forget()
         habit.said = self._replayed(key)
+        return was_expected
 
     def expected(self) -> Iterator[Key]:
         """Tell what will be read next, in order, as far as that is known."""

@@ -381,9 +381,13 @@ class Residency:
             return
         there = [held for held in self._loaded if self._devices.is_on(held, device)]
         is_streamed = self._streaming.is_on and not self._devices.is_one(device)
-        sort = self._foresight
-        for held in (sort.leaving_first if is_streamed else sort.latest_needed_first)(there):
-            wanted_bytes -= (freed_bytes := self.released_bytes(held))
+        sort = self._foresight.latest_needed_first
+        if is_streamed:
+            sort = self._foresight.leaving_first
+            there += self._streaming.ahead()
+        for held in sort(there):
+            freed_bytes = self._streaming.give_up(held) or self.released_bytes(held)
+            wanted_bytes -= freed_bytes
             self.evicted_count += freed_bytes > 0
             if wanted_bytes <= 0:
                 break

@@ -17,6 +17,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from math import log
 from typing import Literal, Protocol
 
 import torch
@@ -47,6 +48,10 @@ _REST_READS = 4
 _LOOK_SHARE = 4
 # With no more than so many it is looked as soon as there may be room for another.
 _FEW_FILLS = 8
+# How much each value that was read ahead changes what is thought of the others: whether it was
+# taken, or given up as others were read.
+_LEARNING = 1 / 8
+_SURE = 0.999
 _NO_BOUND = 1 << 60
 # How many entries stay readable without asking: a layer's forward reads its own ones again.
 _SHOWN = 4
@@ -100,6 +105,8 @@ class Streaming:
         self._awaited: Fill | None = None
         self._rest_reads = 0
         self._enough_fills = _NO_BOUND
+        self._taken_share = 1.0
+        self._was_expected = True
         self._decide_again_at = 0.0
         self._pid = os.getpid()
 
@@ -145,7 +152,7 @@ class Streaming:
 
     def note_read(self, held: Held) -> None:
         """Note that an entry was asked for, and hide from readers what was shown before it."""
-        self._foresight.read(held)
+        self._was_expected = self._foresight.read(held)
         self._departures.note_read()
         self._rest_reads -= 1
         key = weakref.ref(held)
@@ -177,6 +184,8 @@ class Streaming:
         if fill is None or fill.stored is not stored:
             self._enough_fills = _NO_BOUND  # others are read now than were expected
             fill = self._begin(held, stored)  # it is counted while it is waited for
+        else:
+            self._taken_share += _LEARNING * (1 - self._taken_share)
         self._awaited = fill
         try:
             while not fill.has_ended:
@@ -233,6 +242,7 @@ class Streaming:
             return
         self._enough_fills = _NO_BOUND
         self._ahead_bytes = sum(fill.nbytes for fill in self._fills.values())
+        most_ahead = self._most_ahead()
         ahead_bytes = ahead = looked_at = 0
         for held in self._foresight.expected():
             looked_at += 1
@@ -246,6 +256,10 @@ class Streaming:
             nbytes = pieces_of(stored).room_bytes
             in_place = used_bytes + nbytes > budget_bytes
             most_bytes = max(_IN_PLACE_BYTES, nbytes) if in_place else _MOST_AHEAD_BYTES
+            if ahead >= most_ahead:
+                # That changes with each read. Where next to none was taken it is tried now and then.
+                self._rest_reads = 0 if most_ahead else _REST_READS
+                return
             if ahead_bytes + nbytes > min(budget_bytes // _AHEAD_SHARE, most_bytes):
                 # Nothing changes before one of them is taken.
                 self._rest_reads = looked_at if ahead_bytes else _REST_READS
@@ -253,6 +267,8 @@ class Streaming:
                 return
             while used_bytes + nbytes > budget_bytes:
                 freed_bytes = self._freed_bytes(leaving)
+                if not freed_bytes and len(self._fills) > ahead:
+                    freed_bytes = self._given_up_bytes(held)
                 if not freed_bytes:
                     freed_bytes = self._begin_to_leave(held, stored.nbytes, leaving)
                 if not freed_bytes:
@@ -275,6 +291,37 @@ class Streaming:
         Others may be on their way, which are not expected any more: they are not counted on.
         """
         self._enough_fills = len(self._fills) - 1 - ahead // _LOOK_SHARE
+
+    def _most_ahead(self) -> int:
+        """Tell how many entries to read ahead, by how many of the last ones were taken.
+
+        As many as make the last of them likelier than not to be taken, where each is as likely and
+        none is after one that is not. Where that is none, one after a read that was expected.
+        """
+        if self._taken_share > _SURE:
+            return _NO_BOUND
+        if self._taken_share < 0.5:
+            return int(self._was_expected)
+        return int(log(0.5) / log(self._taken_share))
+
+    def ahead(self) -> list[Held]:
+        """List the entries that are read ahead and could be given up."""
+        return [held for held, fill in self._fills.items() if fill.has_ended]
+
+    def give_up(self, held: Held) -> int:
+        """Give up what was read ahead of an entry; give its bytes, 0 if it is none of those."""
+        fill = self._fills.get(held)
+        if fill is None or not fill.has_ended:
+            return 0
+        del self._fills[held]
+        self._ahead_bytes -= fill.nbytes
+        self._taken_share -= _LEARNING * self._taken_share
+        return fill.nbytes
+
+    def _given_up_bytes(self, coming: Held) -> int:
+        """Give up what was read ahead and is needed later than another: the order has changed."""
+        late = [one for one in self.ahead() if not self._foresight.is_needed_before(one, coming)]
+        return sum(map(self.give_up, late))
 
     def _freed_bytes(self, leaving: Leaving) -> int:
         """Take the memory of one entry that is known to have no edits; 0 if there is none."""

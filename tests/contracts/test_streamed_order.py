@@ -1,0 +1,125 @@
+"""What is read ahead, when the order in which weights are used changes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import diskoffload
+from diskoffload.residency import streaming as streaming_module
+from diskoffload.store.fills import Filling
+
+LAYERS, WIDTH = 64, 512  # 1 MiB each
+BUDGET_BYTES = 12 << 20
+
+
+class Reads:
+    """A streamed model, and counts of what its reads took."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.plain = self._chain()
+        (folder / "c").mkdir()
+        save_file(self.plain.state_dict(), folder / "c" / "model.safetensors")
+        with torch.device("meta"):
+            bare = self._chain()
+        self.model: Any = diskoffload.open_checkpoint(
+            folder / "c",
+            model=bare,
+            offload_dir=folder / "o",
+            max_memory=BUDGET_BYTES,
+            mode="streamed",
+        )
+        self.residency = self.model[0]._parameters.residency
+        self.from_disk = 0
+        begin = Filling.begin
+
+        def counting(filling: Filling, *arguments: Any) -> Any:
+            self.from_disk += 1
+            return begin(filling, *arguments)
+
+        monkeypatch.setattr(Filling, "begin", counting)
+
+    @staticmethod
+    def _chain() -> torch.nn.Sequential:
+        layers = (torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS))
+        return torch.nn.Sequential(*layers)
+
+    def read(self, numbers: Iterable[int]) -> tuple[int, int]:
+        """Read weights; give how many were waited for, and how many were read from disk."""
+        loaded, self.from_disk = self.residency.loaded_count, 0
+        for number in numbers:
+            assert torch.equal(self.model[number].weight, self.plain[number].weight)
+            with self.residency.lock:
+                # One that was just begun may be there beside what is about to leave for it.
+                assert self.residency._used_bytes() <= BUDGET_BYTES + (1 << 20)
+        return self.residency.loaded_count - loaded, self.from_disk
+
+
+@pytest.fixture(params=["told", "digested"])
+def reads(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reads:
+    if request.param == "digested":  # as where the kernel tells of no edits
+        monkeypatch.setattr(streaming_module, "write_watch", lambda: None)
+    return Reads(tmp_path, monkeypatch)
+
+
+def test_what_is_used_no_more_leaves_also_if_it_was_only_read_ahead(reads: Reads) -> None:
+    for _ in range(2):
+        reads.read(range(LAYERS))
+    reads.read(range(0, LAYERS, 2))  # each time the next one was expected, and is not used again
+    few = [0, 2, 4, 6]
+    for _ in range(2):
+        reads.read(few)
+    assert reads.read(few) == (0, 0)
+
+
+def test_a_new_order_is_read_ahead_as_the_old_one_was(reads: Reads) -> None:
+    for _ in range(2):
+        reads.read(range(LAYERS))
+    every_other = range(0, LAYERS, 2)
+    for _ in range(3):
+        reads.read(every_other)
+    waited_for, from_disk = reads.read(every_other)
+    kept = BUDGET_BYTES // (WIDTH * WIDTH * 4) - 4  # a few are on their way, or in use
+    assert from_disk <= len(every_other) - kept
+    assert waited_for <= len(every_other) - kept
+
+
+def test_a_random_order_costs_few_reads_for_nothing(reads: Reads) -> None:
+    for _ in range(2):
+        reads.read(range(LAYERS))
+    chosen = random.Random(0)
+    order = list(range(LAYERS))
+    for _ in range(2):
+        chosen.shuffle(order)
+        reads.read(order)
+    chosen.shuffle(order)
+    waited_for, from_disk = reads.read(order)
+    assert from_disk <= 1.2 * waited_for
+
+
+def test_routing_leaves_the_cache_as_good_as_it_was(reads: Reads) -> None:
+    """Eight layers of a weight that is always used and seven experts, two of which are picked."""
+    fixed = [8 * layer + place for layer in range(8) for place in (0, 1, 2)]
+    for _ in range(3):
+        before = reads.read(fixed)
+    chosen = random.Random(0)
+    waited_for = from_disk = count = 0
+    for _ in range(20):
+        picked = [
+            8 * layer + place
+            for layer in range(8)
+            for place in (0, *sorted(chosen.sample(range(1, 8), 2)))
+        ]
+        found = reads.read(picked)
+        waited_for, from_disk, count = waited_for + found[0], from_disk + found[1], count + 24
+    assert waited_for <= 0.85 * count  # those always used are kept, for the most part
+    assert from_disk <= count
+    for _ in range(3):
+        after = reads.read(fixed)
+    assert after[1] <= before[1] + 2
