@@ -257,7 +257,7 @@ class Streaming:
             in_place = used_bytes + nbytes > budget_bytes
             most_bytes = max(_IN_PLACE_BYTES, nbytes) if in_place else _MOST_AHEAD_BYTES
             if ahead >= most_ahead:
-                # That changes with each read. Where next to none was taken it is tried now and then.
+                # It changes with each read. Where next to none was taken it is tried now and then.
                 self._rest_reads = 0 if most_ahead else _REST_READS
                 return
             if ahead_bytes + nbytes > min(budget_bytes // _AHEAD_SHARE, most_bytes):
