@@ -17,13 +17,13 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from math import log
 from typing import Literal, Protocol
 
 import torch
 
 from diskoffload.budget import format_bytes
 from diskoffload.residency.departures import Departures
+from diskoffload.residency.depth import Depth
 from diskoffload.residency.foresight import Foresight
 from diskoffload.residency.held import Held, State
 from diskoffload.store.buffers import Buffers
@@ -48,10 +48,6 @@ _REST_READS = 4
 _LOOK_SHARE = 4
 # With no more than so many it is looked as soon as there may be room for another.
 _FEW_FILLS = 8
-# How much each value that was read ahead changes what is thought of the others: whether it was
-# taken, or given up as others were read.
-_LEARNING = 1 / 8
-_SURE = 0.999
 _NO_BOUND = 1 << 60
 # How many entries stay readable without asking: a layer's forward reads its own ones again.
 _SHOWN = 4
@@ -105,7 +101,7 @@ class Streaming:
         self._awaited: Fill | None = None
         self._rest_reads = 0
         self._enough_fills = _NO_BOUND
-        self._taken_share = 1.0
+        self._depth = Depth()
         self._was_expected = True
         self._decide_again_at = 0.0
         self._pid = os.getpid()
@@ -185,7 +181,7 @@ class Streaming:
             self._enough_fills = _NO_BOUND  # others are read now than were expected
             fill = self._begin(held, stored)  # it is counted while it is waited for
         else:
-            self._taken_share += _LEARNING * (1 - self._taken_share)
+            self._depth.note_taken()
         self._awaited = fill
         try:
             while not fill.has_ended:
@@ -242,7 +238,7 @@ class Streaming:
             return
         self._enough_fills = _NO_BOUND
         self._ahead_bytes = sum(fill.nbytes for fill in self._fills.values())
-        most_ahead = self._most_ahead()
+        most_ahead = self._depth.entries(was_expected=self._was_expected)
         ahead_bytes = ahead = looked_at = 0
         for held in self._foresight.expected():
             looked_at += 1
@@ -292,18 +288,6 @@ class Streaming:
         """
         self._enough_fills = len(self._fills) - 1 - ahead // _LOOK_SHARE
 
-    def _most_ahead(self) -> int:
-        """Tell how many entries to read ahead, by how many of the last ones were taken.
-
-        As many as make the last of them likelier than not to be taken, where each is as likely and
-        none is after one that is not. Where that is none, one after a read that was expected.
-        """
-        if self._taken_share > _SURE:
-            return _NO_BOUND
-        if self._taken_share < 0.5:
-            return int(self._was_expected)
-        return int(log(0.5) / log(self._taken_share))
-
     def ahead(self) -> list[Held]:
         """List the entries that are read ahead and could be given up."""
         return [held for held, fill in self._fills.items() if fill.has_ended]
@@ -315,7 +299,7 @@ class Streaming:
             return 0
         del self._fills[held]
         self._ahead_bytes -= fill.nbytes
-        self._taken_share -= _LEARNING * self._taken_share
+        self._depth.note_given_up()
         return fill.nbytes
 
     def _given_up_bytes(self, coming: Held) -> int:
