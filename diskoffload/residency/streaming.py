@@ -290,17 +290,21 @@ class Streaming:
 
     def ahead(self) -> list[Held]:
         """List the entries that are read ahead and could be given up."""
-        return [held for held, fill in self._fills.items() if fill.has_ended]
+        return [held for held, fill in self._fills.items() if self._may_give_up(fill)]
 
     def give_up(self, held: Held) -> int:
         """Give up what was read ahead of an entry; give its bytes, 0 if it is none of those."""
         fill = self._fills.get(held)
-        if fill is None or not fill.has_ended:
+        if fill is None or not self._may_give_up(fill):
             return 0
         del self._fills[held]
         self._ahead_bytes -= fill.nbytes
         self._depth.note_given_up()
         return fill.nbytes
+
+    def _may_give_up(self, fill: Fill) -> bool:
+        # The one that is waited for may have ended this moment.
+        return fill.has_ended and fill is not self._awaited
 
     def _given_up_bytes(self, coming: Held) -> int:
         """Give up what was read ahead and is needed later than another: the order has changed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 import diskoffload
 from diskoffload.residency import streaming as streaming_module
-from diskoffload.store.fills import Filling
+from diskoffload.store.fills import Fill, Filling
 
 LAYERS, WIDTH = 64, 512  # 1 MiB each
 BUDGET_BYTES = 12 << 20
@@ -139,3 +140,29 @@ def test_what_was_read_ahead_leaves_for_a_large_one_that_was_not_expected(
         streaming.quiesce()
         assert streaming._fills
         reads.read([LAYERS - 1])  # all but 1 MiB of the budget, which is kept to
+
+
+def test_what_is_waited_for_is_not_given_up_as_it_arrives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = Reads(tmp_path, monkeypatch)
+    go, read = threading.Event(), Fill.read
+
+    def held_up(fill: Fill, *arguments: Any) -> bool:
+        assert go.wait(60)
+        return read(fill, *arguments)
+
+    monkeypatch.setattr(Fill, "read", held_up)
+    streaming, held = reads.residency._streaming, reads.model[5]._parameters._held["weight"]
+    seen: list[Any] = []
+
+    def meanwhile() -> None:
+        go.set()
+        streaming.quiesce()
+        seen.extend([streaming.ahead(), streaming.give_up(held)])
+
+    with reads.residency.lock:
+        value, _ = streaming.take(held, held.backing.streamable, meanwhile)
+        assert streaming.ahead_bytes == 0
+    assert seen == [[], 0]
+    assert torch.equal(value, reads.plain[5].weight)
