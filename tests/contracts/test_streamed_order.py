@@ -110,7 +110,8 @@ def test_routing_leaves_the_cache_as_good_as_it_was(reads: Reads) -> None:
     """Eight layers of a weight that is always used and seven experts, two of which are picked."""
     fixed = [8 * layer + place for layer in range(8) for place in (0, 1, 2)]
     for _ in range(3):
-        before = reads.read(fixed)
+        reads.read(fixed)
+    before = sum(reads.read(fixed)[1] for _ in range(4))
     chosen = random.Random(0)
     waited_for = from_disk = count = 0
     for _ in range(20):
@@ -123,9 +124,9 @@ def test_routing_leaves_the_cache_as_good_as_it_was(reads: Reads) -> None:
         waited_for, from_disk, count = waited_for + found[0], from_disk + found[1], count + 24
     assert waited_for <= 0.85 * count  # those always used are kept, for the most part
     assert from_disk <= count
-    for _ in range(6):
-        after = reads.read(fixed)
-    assert after[1] <= before[1] + 3
+    for _ in range(5):
+        reads.read(fixed)
+    assert sum(reads.read(fixed)[1] for _ in range(4)) <= 1.2 * before
 
 
 def test_what_was_read_ahead_leaves_for_a_large_one_that_was_not_expected(
@@ -134,12 +135,14 @@ def test_what_was_read_ahead_leaves_for_a_large_one_that_was_not_expected(
     reads = Reads(tmp_path, monkeypatch, last_rows=WIDTH * 11)
     for _ in range(2):
         reads.read(range(LAYERS - 1))
-    for number in (10, 30, 50):
+    streaming, were_ahead = reads.residency._streaming, 0
+    for number in range(5, 60, 10):
         reads.read([number, number + 1])
-        streaming = reads.residency._streaming
-        streaming.quiesce()
-        assert streaming._fills
+        with reads.residency.lock:
+            streaming.quiesce()
+            were_ahead += len(streaming._fills)
         reads.read([LAYERS - 1])  # all but 1 MiB of the budget, which is kept to
+    assert were_ahead
 
 
 def test_what_is_waited_for_is_not_given_up_as_it_arrives(
