@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from shard_files import in_child
+from thread_limit import threads_left
 
 from diskoffload.store import parallel
 from diskoffload.store.parallel import share, threads_for
@@ -72,12 +73,9 @@ def test_an_error_of_any_thread_is_raised_here_and_stops_the_others(failing: str
     assert len(done) < 9_000_000
 
 
-def test_where_no_thread_can_be_had_one_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    assert done_by(50) == [list(range(50))]
+def test_where_no_thread_can_be_had_one_does_it_all() -> None:
+    with threads_left(0):
+        assert done_by(50) == [list(range(50))]
 
 
 def test_a_forked_child_shares_work_too() -> None:
