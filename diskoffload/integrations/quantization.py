@@ -41,6 +41,11 @@ _INTEGERS = {
 # int8, half an int16): 20 MiB, 8 for bfloat16. Measured: larger blocks are not faster.
 _BLOCK_ELEMENTS = 1 << 21
 
+# Added to round to whole numbers, see _Scratch.pack_nibbles: even, so that halves go where they
+# should, and 17 * 68 + 4 is 8 * 17 in a byte, what the format adds to two numbers.
+_TO_WHOLE = 128 + 68
+_TO_WHOLE_BITS = 0x4300 + 68
+
 # Scales are computed for so many blocks at once: it is a dozen calls of torch for few numbers. Each
 # block is read twice, so the others must not push it out of the page cache, whatever the weight.
 _BLOCKS_TOGETHER = 8
@@ -232,6 +237,8 @@ class Scheme:
             spoiled += int(found.isfinite().logical_not_().sum())
             for at, left, parts, groups in self._blocks(band):
                 ratios = scratch.divide(parts, found[at, groups].unsqueeze(-1))
+                if spoiled:
+                    ratios.nan_to_num_(0)  # no whole number; times its scale it is NaN again
                 self._store(ratios, target[rows][at], left, scratch)
         return spoiled
 
@@ -265,23 +272,21 @@ class Scheme:
             # compressed-tensors adds a zero point of 0, which makes 0.0 of -0.0.
             target[:, left : left + width].copy_(ratios.add_(0.0).clamp_(-limit, limit))
             return
-        half = 1 << (self.bits - 1)
-        ratios.clamp_(-half, half - 1).round_()
-        if self.bits == 8:
-            # The format adds half the range: the same as flipping the sign bit.
-            target[:, left : left + width].copy_(ratios).bitwise_xor_(-128)
-        else:
+        if self.bits == 4:
             target[:, left // 2 : (left + width) // 2].copy_(scratch.pack_nibbles(ratios))
+            return
+        # The format adds half the range: the same as flipping the sign bit.
+        ratios.clamp_(-128, 127).round_()
+        target[:, left : left + width].copy_(ratios).bitwise_xor_(-128)
 
 
 class _Scratch:
     """Memory that one call of :meth:`Scheme.quantize` uses again for each block."""
 
     def __init__(self, elements: int, weight: torch.Tensor, bits: int) -> None:
-        nibbles = elements if bits == 4 else 0
         self._ratios = torch.empty(elements, dtype=weight.dtype, device=weight.device)
-        self._integers = torch.empty(nibbles, dtype=torch.int8, device=weight.device)
-        self._pairs = torch.empty(nibbles // 2, dtype=torch.int16, device=weight.device)
+        narrowed = elements if bits == 4 and weight.dtype != torch.bfloat16 else 0
+        self._narrowed = torch.empty(narrowed, dtype=torch.bfloat16, device=weight.device)
 
     def enlarge(self, largest: torch.Tensor, parts: torch.Tensor) -> None:
         """Raise each of ``largest``, none below zero, to the largest magnitude of its part.
@@ -300,17 +305,27 @@ class _Scratch:
         return torch.div(part, scale, out=self._ratios[: part.numel()].view(part.shape))
 
     def pack_nibbles(self, values: torch.Tensor) -> torch.Tensor:
-        """Pack whole numbers from -8 to 7, plus 8, two to a byte, the first one lowest.
+        """Round to whole numbers from -8 to 7, and pack those, plus 8, two to a byte.
 
-        Takes (rows, columns), returns (rows, columns / 2) int16 that hold a byte each. Two
-        int8 are seen as one int16, little-endian as every file that this package maps.
+        The first of two lies lowest: little-endian, as every file that this package maps.
+
+        Args:
+            values: (rows, columns), overwritten; those of bfloat16 from -60 to 59.
+
+        Returns:
+            (rows, columns / 2) int32 whose lowest bytes are what was packed; valid until the
+            next call.
         """
-        integers = self._integers[: values.numel()].view(values.shape).copy_(values)
-        both = integers.view(torch.int16)
-        packed = self._pairs[: both.numel()].view(both.shape)
-        torch.bitwise_right_shift(both, 4, out=packed)
-        packed.bitwise_and_(0xF0).bitwise_or_(both.bitwise_and_(0x0F))
-        return packed.bitwise_xor_(0x88)
+        if values.dtype != torch.bfloat16:
+            whole = values.clamp_(-8, 7).round_()
+            values = self._narrowed[: whole.numel()].view(whole.shape).copy_(whole)
+        # bfloat16 has the whole numbers from 128 to 255 and none between: a sum rounds as round
+        # does, half to even, and its bits count on from those of 128, which are 0x4300.
+        shifted = values.add_(_TO_WHOLE).view(torch.int16)
+        shifted.clamp_(_TO_WHOLE_BITS - 8, _TO_WHOLE_BITS + 7)
+        # The third byte of a product is the first number's lowest byte, 16 times the second's,
+        # and 4, the first's highest four bits.
+        return shifted.view(torch.int32).mul_((1 << 16) + (1 << 4)).bitwise_right_shift_(16)
 
 
 # W4A16 is compressed-tensors' preset of that name. So was W8A16 up to version 0.15; since

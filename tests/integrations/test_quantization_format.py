@@ -118,6 +118,10 @@ def reload(folder: Path) -> Any:
     return model
 
 
+def least_step(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+
+
 def hard_matrix(dtype: torch.dtype) -> torch.Tensor:
     """37 rows (no multiple of 8), some of them as awkward as finite numbers can be."""
     torch.manual_seed(1)
@@ -131,6 +135,8 @@ def hard_matrix(dtype: torch.dtype) -> torch.Tensor:
     weight[9, 1] = torch.finfo(dtype).max
     weight[10, -1] = torch.finfo(dtype).min
     weight[11] = torch.linspace(-7.5, 7.5, 384).to(dtype)  # many exact halves
+    # The largest is 11 of the least steps, a scale one of them: what is divided is out of range.
+    weight[12] = (torch.arange(384) % 23 - 11).double().mul_(least_step(dtype)).to(dtype)
     return weight
 
 
