@@ -37,8 +37,8 @@ _INTEGERS = {
     torch.float64: torch.int64,
 }
 
-# Elements worked on at once. Scratch takes at most 10 bytes for each (a float64 copy, an
-# int8, half an int16): 20 MiB, 8 for bfloat16. Measured: larger blocks are not faster.
+# Elements worked on at once. Scratch takes at most 10 bytes for each (a float64 copy and a
+# bfloat16): 20 MiB, 4 for bfloat16. Measured: larger blocks are not faster.
 _BLOCK_ELEMENTS = 1 << 21
 
 # Added to round to whole numbers, see _Scratch.pack_nibbles: even, so that halves go where they
