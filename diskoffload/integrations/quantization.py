@@ -37,14 +37,17 @@ _INTEGERS = {
     torch.float64: torch.int64,
 }
 
-# Elements worked on at once. Scratch takes at most 10 bytes for each (a float64 copy and a
-# bfloat16): 20 MiB, 4 for bfloat16. Measured: larger blocks are not faster.
+# Elements worked on at once. Scratch takes at most 10 bytes for each (a float64 copy and an
+# int16): 20 MiB, 4 for bfloat16. Measured: larger blocks are not faster.
 _BLOCK_ELEMENTS = 1 << 21
 
-# Added to round to whole numbers, see _Scratch.pack_nibbles: even, so that halves go where they
-# should, and 17 * 68 + 4 is 8 * 17 in a byte, what the format adds to two numbers.
-_TO_WHOLE = 128 + 68
-_TO_WHOLE_BITS = 0x4300 + 68
+# By dtype: what is added to round to whole numbers, see _Scratch.pack_nibbles, and the sum's bits.
+# Even, so that halves go where they should; and 17 * 68 + 4 and 17 * 98 + 6 are 8 * 17 in a byte,
+# what the format adds to two numbers.
+_TO_WHOLE = {
+    torch.bfloat16: (128 + 68, 0x4300 + 68),
+    torch.float16: (1024 + 98, 0x6400 + 98),
+}
 
 # Scales are computed for so many blocks at once: it is a dozen calls of torch for few numbers. Each
 # block is read twice, so the others must not push it out of the page cache, whatever the weight.
@@ -237,7 +240,7 @@ class Scheme:
             spoiled += int(found.isfinite().logical_not_().sum())
             for at, left, parts, groups in self._blocks(band):
                 ratios = scratch.divide(parts, found[at, groups].unsqueeze(-1))
-                if spoiled:
+                if spoiled and self.number_type == "int":
                     ratios.nan_to_num_(0)  # no whole number; times its scale it is NaN again
                 self._store(ratios, target[rows][at], left, scratch)
         return spoiled
@@ -285,8 +288,8 @@ class _Scratch:
 
     def __init__(self, elements: int, weight: torch.Tensor, bits: int) -> None:
         self._ratios = torch.empty(elements, dtype=weight.dtype, device=weight.device)
-        narrowed = elements if bits == 4 and weight.dtype != torch.bfloat16 else 0
-        self._narrowed = torch.empty(narrowed, dtype=torch.bfloat16, device=weight.device)
+        narrowed = elements if bits == 4 and weight.dtype not in _TO_WHOLE else 0
+        self._narrowed = torch.empty(narrowed, dtype=torch.int16, device=weight.device)
 
     def enlarge(self, largest: torch.Tensor, parts: torch.Tensor) -> None:
         """Raise each of ``largest``, none below zero, to the largest magnitude of its part.
@@ -310,21 +313,24 @@ class _Scratch:
         The first of two lies lowest: little-endian, as every file that this package maps.
 
         Args:
-            values: (rows, columns), overwritten; those of bfloat16 from -60 to 59.
+            values: (rows, columns), overwritten; those of 16 bits from -60 to 59.
 
         Returns:
             (rows, columns / 2) int32 whose lowest bytes are what was packed; valid until the
             next call.
         """
-        if values.dtype != torch.bfloat16:
-            whole = values.clamp_(-8, 7).round_()
-            values = self._narrowed[: whole.numel()].view(whole.shape).copy_(whole)
         # bfloat16 has the whole numbers from 128 to 255 and none between: a sum rounds as round
-        # does, half to even, and its bits count on from those of 128, which are 0x4300.
-        shifted = values.add_(_TO_WHOLE).view(torch.int16)
-        shifted.clamp_(_TO_WHOLE_BITS - 8, _TO_WHOLE_BITS + 7)
+        # does, half to even, and its bits count on from those of 128, which are 0x4300. So does
+        # float16 from 1024, 0x6400.
+        if values.dtype in _TO_WHOLE:
+            number, bits = _TO_WHOLE[values.dtype]
+            shifted = values.add_(number).view(torch.int16).clamp_(bits - 8, bits + 7)
+        else:
+            whole = values.clamp_(-8, 7).round_()
+            _, bits = _TO_WHOLE[torch.bfloat16]
+            shifted = self._narrowed[: whole.numel()].view(whole.shape).copy_(whole).add_(bits)
         # The third byte of a product is the first number's lowest byte, 16 times the second's,
-        # and 4, the first's highest four bits.
+        # and the first's highest four bits: 4, or 6 of a float16.
         return shifted.view(torch.int32).mul_((1 << 16) + (1 << 4)).bitwise_right_shift_(16)
 
 

@@ -226,8 +226,13 @@ def test_nan_and_infinity_spoil_their_group_only_and_are_reported(
     assert torch.equal(now.isnan(), spoiled)
     assert torch.equal(now[~spoiled], then[~spoiled])
     # compressed-tensors ends the same way; only the sign of a float8 NaN may differ.
-    reference = dequantized(scheme, theirs(scheme, weight), "0")
+    expected = theirs(scheme, weight)
+    reference = dequantized(scheme, expected, "0")
     assert torch.equal(now.nan_to_num(1), reference.nan_to_num(1))
+    if scheme.number_type == "float":
+        stored = got["0.weight"].float().isnan()
+        assert torch.equal(stored, expected["0.weight"].float().isnan())
+        assert stored.any()
 
 
 @pytest.mark.parametrize("block", [1, 100, 128, 513, 1 << 10])
