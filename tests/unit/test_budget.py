@@ -75,7 +75,8 @@ def test_format_bytes(size: int, expected: str) -> None:
 
 @given(st.integers(0, 2**55))
 def test_what_is_formatted_reads_back_within_half_a_percent(size: int) -> None:
-    assert abs(parse_bytes(format_bytes(size)) - size) <= Fraction(size, 200)
+    dropped = 1  # a fraction of a byte, in reading
+    assert abs(parse_bytes(format_bytes(size)) - size) <= Fraction(size, 200) + dropped
 
 
 # --- max_memory ----------------------------------------------------------------------------
