@@ -5,53 +5,30 @@ Round to nearest, with scales from each group's largest magnitude, as llm-compre
 time, by name, so that a checkpoint can be streamed: :meth:`Scheme.obstacle` says why one
 cannot be quantized, :meth:`Scheme.outputs` what will be stored in its place before any data
 is read, :meth:`Scheme.quantize` computes that in a working memory which does not grow with
-the weight, :meth:`Scheme.quantization_config` tells transformers and vLLM about it.
+the weight, or :meth:`Scheme.begin` does as its rows come, and
+:meth:`Scheme.quantization_config` tells transformers and vLLM about it.
 
-Scales are computed by compressed-tensors itself, rounding and packing here, in blocks.
-``quantize`` and ``quantization_config`` need the extra ``quantize``, the rest torch alone.
-Nothing here keeps state: all of it may run in several threads at once.
+``begin``, ``quantize`` and ``quantization_config`` need the extra ``quantize``, the rest torch
+alone. Nothing here keeps state: all of it may run in several threads at once.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from diskoffload.errors import InvalidInputError, MissingExtraError
+from diskoffload.integrations.quantization_arithmetic import WeightQuantizer
 
 logger = logging.getLogger(__name__)
 
 # The dtypes in which compressed-tensors keeps a scale in its weight's own dtype.
 _SOURCE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-# Integers of the same size.
-_INTEGERS = {
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-    torch.float32: torch.int32,
-    torch.float64: torch.int64,
-}
-
-# Elements worked on at once. Scratch takes at most 10 bytes for each (a float64 copy and an
-# int16): 20 MiB, 4 for bfloat16. Measured: larger blocks are not faster.
-_BLOCK_ELEMENTS = 1 << 21
-
-# By dtype: what is added to round to whole numbers, see _Scratch.pack_nibbles, and the sum's bits.
-# Even, so that halves go where they should; and 17 * 68 + 4 and 17 * 98 + 6 are 8 * 17 in a byte,
-# what the format adds to two numbers.
-_TO_WHOLE = {
-    torch.bfloat16: (128 + 68, 0x4300 + 68),
-    torch.float16: (1024 + 98, 0x6400 + 98),
-}
-
-# Scales are computed for so many blocks at once: it is a dozen calls of torch for few numbers. Each
-# block is read twice, so the others must not push it out of the page cache, whatever the weight.
-_BLOCKS_TOGETHER = 8
 
 # Keys of config.json that only a quantized checkpoint has, and whose they are where they
 # name no method ("compression_config" is what compressed-tensors wrote at first).
@@ -154,28 +131,46 @@ class Scheme:
             InvalidInputError: :meth:`obstacle` names a reason.
             MissingExtraError: compressed-tensors is not installed.
         """
-        layout = self.outputs(name, weight.shape, weight.dtype)
-        calculate = _compressed_tensors("quantization.utils").calculate_qparams
-        stored = {
-            key: torch.empty(shape, dtype=dtype, device=weight.device)
-            for key, (dtype, shape) in layout.items()
-        }
-        if self.number_type == "float":
-            target = stored[name]
-        else:
-            stored[f"{name}_shape"].copy_(torch.tensor(weight.shape))
-            # As bytes, lowest first, a row of words is the row of packed integers. What a
-            # row's last word has too many is zero in compressed-tensors.
-            target = stored[f"{name}_packed"].view(torch.int8)
-            target[:, -(-weight.shape[1] * self.bits // 8) :] = 0
-        scales = stored[f"{name}_scale"]
-        spoiled = self._fill(weight.detach(), calculate, scales, target)
-        if spoiled:
+        weight = weight.detach()
+        one = self.begin(name, weight.shape, weight.dtype, weight.device)
+        (main, (dtype, shape)), *_ = self.outputs(name, weight.shape, weight.dtype).items()
+        rows = torch.empty(shape, dtype=dtype, device=weight.device)
+        for top in range(0, len(weight), one.rows_together):
+            band = slice(top, top + one.rows_together)
+            one.add(weight[band], rows[band])
+        return {main: rows, **self.end(name, weight.shape, one)}
+
+    def begin(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype, device: Any = "cpu"
+    ) -> WeightQuantizer:
+        """Begin to quantize a weight whose rows come band by band, all of them in their order.
+
+        What :meth:`WeightQuantizer.add` gives of each band makes up the first of the
+        :meth:`outputs`, and :meth:`end` gives the others; the bits are those of :meth:`quantize`.
+        Raises as that does.
+        """
+        self.outputs(name, shape, dtype)  # refuses what cannot be
+        return WeightQuantizer(
+            shape,
+            dtype,
+            device,
+            bits=self.bits if self.number_type == "int" else 0,
+            group_size=self.group_size,
+            calculate=_compressed_tensors("quantization.utils").calculate_qparams,
+            arguments=self._weight_arguments(),
+        )
+
+    def end(self, name: str, shape: Sequence[int], one: WeightQuantizer) -> dict[str, torch.Tensor]:
+        """Give all :meth:`outputs` but the first, once every band was added; warn as needed."""
+        if one.spoiled_count:
             message = (
                 "%s holds NaN or infinity: %d of %d scales are not finite and the weights "
                 "under them are lost; check the source checkpoint"
             )
-            logger.warning(message, name, spoiled, scales.numel())
+            logger.warning(message, name, one.spoiled_count, one.scales.numel())
+        stored = {f"{name}_scale": one.scales}
+        if self.number_type == "int":
+            stored[f"{name}_shape"] = torch.tensor(tuple(shape), device=one.scales.device)
         return stored
 
     def quantization_config(self, ignore: Sequence[str]) -> dict[str, Any]:
@@ -221,117 +216,6 @@ class Scheme:
         return _compressed_tensors("quantization").QuantizationArgs(
             num_bits=self.bits, type=self.number_type, strategy=strategy, symmetric=True, **others
         )
-
-    def _fill(
-        self, weight: torch.Tensor, calculate: Any, scales: torch.Tensor, target: torch.Tensor
-    ) -> int:
-        """Write the scales and the float8 or packed bytes; count the scales not finite."""
-        block_rows, block_columns = self._block_shape(weight.shape[1])
-        scratch = _Scratch(min(weight.numel(), block_rows * block_columns), weight, self.bits)
-        arguments = self._weight_arguments()
-        spoiled = 0
-        for top in range(0, len(weight), block_rows * _BLOCKS_TOGETHER):
-            rows = slice(top, top + block_rows * _BLOCKS_TOGETHER)
-            band, largest = weight[rows], torch.zeros_like(scales[rows])
-            for at, _, parts, groups in self._blocks(band):
-                scratch.enlarge(largest[at, groups], parts)
-            found, _ = calculate(-largest, largest, arguments)
-            scales[rows] = found
-            spoiled += int(found.isfinite().logical_not_().sum())
-            for at, left, parts, groups in self._blocks(band):
-                ratios = scratch.divide(parts, found[at, groups].unsqueeze(-1))
-                if spoiled and self.number_type == "int":
-                    ratios.nan_to_num_(0)  # no whole number; times its scale it is NaN again
-                self._store(ratios, target[rows][at], left, scratch)
-        return spoiled
-
-    def _blocks(self, weight: torch.Tensor) -> Iterator[tuple[slice, int, torch.Tensor, slice]]:
-        """Cut a weight: rows, first column, (rows, groups, columns of a group), groups."""
-        columns = weight.shape[1]
-        group = self.group_size or columns
-        block_rows, block_columns = self._block_shape(columns)
-        for top in range(0, weight.shape[0], block_rows):
-            rows = slice(top, top + block_rows)
-            for left in range(0, columns, block_columns):
-                part = weight[rows, left : left + block_columns]
-                parts = part.reshape(len(part), -1, min(group, part.shape[1]))
-                first = left // group
-                yield rows, left, parts, slice(first, first + parts.shape[1])
-
-    def _block_shape(self, columns: int) -> tuple[int, int]:
-        """Give a block's rows and columns; it cuts no group but a row too long for one block."""
-        unit = self.group_size or 1
-        block_columns = min(columns, max(unit, _BLOCK_ELEMENTS // unit * unit))
-        return max(1, _BLOCK_ELEMENTS // columns), block_columns
-
-    def _store(
-        self, ratios: torch.Tensor, target: torch.Tensor, left: int, scratch: _Scratch
-    ) -> None:
-        """Round ``ratios`` (overwritten) into ``target``, from the weight's column ``left``."""
-        ratios = ratios.flatten(1)
-        width = ratios.shape[1]
-        if self.number_type == "float":
-            limit = torch.finfo(torch.float8_e4m3fn).max
-            # compressed-tensors adds a zero point of 0, which makes 0.0 of -0.0.
-            target[:, left : left + width].copy_(ratios.add_(0.0).clamp_(-limit, limit))
-            return
-        if self.bits == 4:
-            target[:, left // 2 : (left + width) // 2].copy_(scratch.pack_nibbles(ratios))
-            return
-        # The format adds half the range: the same as flipping the sign bit.
-        ratios.clamp_(-128, 127).round_()
-        target[:, left : left + width].copy_(ratios).bitwise_xor_(-128)
-
-
-class _Scratch:
-    """Memory that one call of :meth:`Scheme.quantize` uses again for each block."""
-
-    def __init__(self, elements: int, weight: torch.Tensor, bits: int) -> None:
-        self._ratios = torch.empty(elements, dtype=weight.dtype, device=weight.device)
-        narrowed = elements if bits == 4 and weight.dtype not in _TO_WHOLE else 0
-        self._narrowed = torch.empty(narrowed, dtype=torch.int16, device=weight.device)
-
-    def enlarge(self, largest: torch.Tensor, parts: torch.Tensor) -> None:
-        """Raise each of ``largest``, none below zero, to the largest magnitude of its part.
-
-        Of floats without their sign bit those are the larger whose bits, as an integer, are; NaN
-        is the largest. torch finds the largest of integers ten times as fast (measured).
-        """
-        bits = _INTEGERS[parts.dtype]
-        magnitudes = self._ratios[: parts.numel()].view(parts.shape).view(bits)
-        torch.bitwise_and(parts.view(bits), torch.iinfo(bits).max, out=magnitudes)
-        seen = largest.view(bits)
-        torch.maximum(seen, magnitudes.amax(-1), out=seen)
-
-    def divide(self, part: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """``part / scale``, contiguous, valid until the next call."""
-        return torch.div(part, scale, out=self._ratios[: part.numel()].view(part.shape))
-
-    def pack_nibbles(self, values: torch.Tensor) -> torch.Tensor:
-        """Round to whole numbers from -8 to 7, and pack those, plus 8, two to a byte.
-
-        The first of two lies lowest: little-endian, as every file that this package maps.
-
-        Args:
-            values: (rows, columns), overwritten; those of 16 bits from -60 to 59.
-
-        Returns:
-            (rows, columns / 2) int32 whose lowest bytes are what was packed; valid until the
-            next call.
-        """
-        # bfloat16 has the whole numbers from 128 to 255 and none between: a sum rounds as round
-        # does, half to even, and its bits count on from those of 128, which are 0x4300. So does
-        # float16 from 1024, 0x6400.
-        if values.dtype in _TO_WHOLE:
-            number, bits = _TO_WHOLE[values.dtype]
-            shifted = values.add_(number).view(torch.int16).clamp_(bits - 8, bits + 7)
-        else:
-            whole = values.clamp_(-8, 7).round_()
-            _, bits = _TO_WHOLE[torch.bfloat16]
-            shifted = self._narrowed[: whole.numel()].view(whole.shape).copy_(whole).add_(bits)
-        # The third byte of a product is the first number's lowest byte, 16 times the second's,
-        # and the first's highest four bits: 4, or 6 of a float16.
-        return shifted.view(torch.int32).mul_((1 << 16) + (1 << 4)).bitwise_right_shift_(16)
 
 
 # W4A16 is compressed-tensors' preset of that name. So was W8A16 up to version 0.15; since

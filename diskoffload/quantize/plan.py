@@ -6,7 +6,6 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,13 @@ from diskoffload.errors import (
 )
 from diskoffload.integrations.quantization import Scheme, already_quantized, scheme_named
 from diskoffload.integrations.quantization_targets import Targets, find_targets
+from diskoffload.quantize.bands import memory_needed
 from diskoffload.resumable.note import NOTE_NAME
 from diskoffload.store.header import Planned
 from diskoffload.store.stored import ShardTensor
 from diskoffload.system.files import Files
 
 _log = logging.getLogger(__name__)
-
-# What quantizing one weight takes beside its result (see Scheme.quantize), rounded up. Converting
-# its dtype takes less and comes before (see convert.py).
-_SCRATCH_BYTES = 48 << 20
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DTYPES: tuple[str, ...] = tuple(_DTYPES)
@@ -100,13 +96,27 @@ class QuantizePlan:
 
 @dataclass
 class Job:
-    """A plan with what is needed to carry it out; ``outputs`` is by a stored tensor's name."""
+    """A plan with what is needed to carry it out.
+
+    Attributes:
+        checkpoint: the source.
+        tensors: all of it, by name.
+        scheme: how weights are quantized.
+        targets: which are, and what becomes of the others.
+        layout: where the result's tensors go.
+        outputs: by a stored tensor's name, the names of what is written in its place.
+        bands_bytes: what is in memory of the source may take so much, see ``store.bands``.
+        plan: what is told of it.
+        files: the file operations.
+    """
 
     checkpoint: Checkpoint
+    tensors: dict[str, ShardTensor]
     scheme: Scheme
     targets: Targets
     layout: Layout
     outputs: dict[str, list[str]]
+    bands_bytes: int
     plan: QuantizePlan
     files: Files = field(default_factory=Files)
 
@@ -143,13 +153,22 @@ def prepare(
         )
     wanted = None if dtype_name is None else _DTYPES[dtype_name]
     targets = find_targets(checkpoint.folder, checkpoint.tensors, scheme, ignore, wanted)
-    outputs, planned = _planned(checkpoint, scheme, targets)
+    tensors = _unpacked(checkpoint)
+    outputs, planned = _planned(tensors, scheme, targets)
     layout = lay_out(planned, max_shard_bytes)
-    memory = _memory_bytes(checkpoint, scheme, targets)
+    needed = memory_needed(
+        (
+            (tensor, targets.dtypes[name], name in targets.weights)
+            for name, tensor in tensors.items()
+        ),
+        scheme,
+    )
     budget = None if max_memory is None else parse_bytes(max_memory)
+    bands_bytes = needed.bands_bytes(budget)
+    memory = needed.fixed_bytes + bands_bytes
     if budget is not None and memory > budget:
         raise BudgetError(
-            f"quantizing {checkpoint.path} needs {format_bytes(memory)} for its largest weight "
+            f"quantizing {checkpoint.path} needs {format_bytes(memory)} at least "
             f"and max_memory is {format_bytes(budget)}; raise it"
         )
     plan = QuantizePlan(
@@ -165,41 +184,35 @@ def prepare(
         memory_bytes=memory,
         shards=len(layout.files),
     )
-    return Job(checkpoint, scheme, targets, layout, outputs, plan)
+    return Job(checkpoint, tensors, scheme, targets, layout, outputs, bands_bytes, plan)
 
 
-def _planned(
-    checkpoint: Checkpoint, scheme: Scheme, targets: Targets
-) -> tuple[dict[str, list[str]], list[Planned]]:
-    """List, for each stored tensor, what is written in its place."""
-    outputs: dict[str, list[str]] = {}
-    planned: list[Planned] = []
+def _unpacked(checkpoint: Checkpoint) -> dict[str, ShardTensor]:
+    """Give all tensors, if none of them is packed."""
+    tensors: dict[str, ShardTensor] = {}
     for name, tensor in checkpoint.tensors.items():
         if not isinstance(tensor, ShardTensor):
             raise UnsupportedTensorError(
                 f"{checkpoint.path}: {name!r} is compressed; unpack the checkpoint first, with "
                 "`diskoffload unpack`"
             )
+        tensors[name] = tensor
+    return tensors
+
+
+def _planned(
+    tensors: dict[str, ShardTensor], scheme: Scheme, targets: Targets
+) -> tuple[dict[str, list[str]], list[Planned]]:
+    """List, for each stored tensor, what is written in its place."""
+    outputs: dict[str, list[str]] = {}
+    planned: list[Planned] = []
+    for name, tensor in tensors.items():
         made = {name: (targets.dtypes[name], tensor.shape)}
         if name in targets.weights:
             made = scheme.outputs(name, tensor.shape, targets.dtypes[name])
         outputs[name] = list(made)
         planned += [(key, dtype, shape) for key, (dtype, shape) in made.items()]
     return outputs, planned
-
-
-def _memory_bytes(checkpoint: Checkpoint, scheme: Scheme, targets: Targets) -> int:
-    largest = 0
-    for name in targets.weights:
-        tensor, dtype = checkpoint.tensors[name], targets.dtypes[name]
-        made = scheme.outputs(name, tensor.shape, dtype).values()
-        needed = sum(prod(shape) * out.itemsize for out, shape in made)
-        # A mapped weight costs nothing; a copy is made to convert it, or where it cannot be
-        # mapped because it lies at an address that its dtype cannot have.
-        if dtype != tensor.dtype or tensor.spec.offset % dtype.itemsize:
-            needed += prod(tensor.shape) * dtype.itemsize
-        largest = max(largest, needed)
-    return largest + _SCRATCH_BYTES
 
 
 def _dtype_name(dtype: torch.dtype | str) -> str:

@@ -1,16 +1,16 @@
 """Quantize a checkpoint tensor by tensor, from its files straight into the result's files.
 
 No model is loaded: the meta model says which stored tensors are weights of linear layers,
-each of those is mapped, quantized and written, and everything else is copied. What is to have
-another dtype is converted on the way, in blocks. Final shards are written once, into
-``OUT.partial``, which becomes ``OUT`` at the end.
+each of those is read, quantized and written, and everything else is copied, a band of some
+MiB after the other. What is to have another dtype is converted on the way. Final shards are
+written once, into ``OUT.partial``, which becomes ``OUT`` at the end.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +23,9 @@ from diskoffload.checkpoint.publish import RECORD_NAME, check_output, check_spac
 from diskoffload.checkpoint.source import CONFIG_NAME
 from diskoffload.errors import StorageError
 from diskoffload.progress import byte_bar
+from diskoffload.quantize.bands import cut
 from diskoffload.quantize.config import config_of_result
-from diskoffload.quantize.convert import copy_in_dtype, load_in_dtype
+from diskoffload.quantize.convert import Conversion
 from diskoffload.quantize.made import is_made
 from diskoffload.quantize.plan import Job, QuantizePlan, prepare
 from diskoffload.quantize.state import SHARD_METADATA, State
@@ -33,13 +34,17 @@ from diskoffload.resumable.finish import finish
 from diskoffload.resumable.interrupted import Interrupted
 from diskoffload.resumable.lock import FolderLock
 from diskoffload.resumable.note import NOTE_NAME, note_text
-from diskoffload.store.encoded import EncodedTensor
-from diskoffload.store.read_ahead import ReadAhead
+from diskoffload.store.bands import Band, through
 from diskoffload.store.shard_writer import ShardWriter
 from diskoffload.store.stored import ShardTensor
+from diskoffload.system.headroom import Headroom
 from diskoffload.system.memory import tensor_bytes
 
 _log = logging.getLogger(__name__)
+
+# What is in memory of the source takes no larger share of what is available: the rest is for the
+# work and, in a container, for the page cache of the libraries that do it.
+_AVAILABLE_SHARE = 3
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def quantize_checkpoint(
     show_progress: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> QuantizeResult:
-    """Quantize a checkpoint, data-free and round-to-nearest, one weight in memory at a time.
+    """Quantize a checkpoint, data-free and round-to-nearest, some MiB of it in memory at a time.
 
     The arithmetic and the format are compressed-tensors', so transformers and vLLM load the
     result. Every weight of a linear layer is quantized, those of a mixture's experts
@@ -144,7 +149,7 @@ def carry_out(
         check_space(out, max(0, job.plan.written_bytes - state.claim.written_bytes))
         state.begin()
         _log.info(
-            "quantizing %s to %s: one weight at a time, mapped from the source; at most %s beside "
+            "quantizing %s to %s: some MiB at a time, read past the page cache; at most %s beside "
             "the interpreter's memory; the result grows in %s",
             job.checkpoint.path,
             job.scheme.name,
@@ -195,7 +200,6 @@ class _Work:
         self._file_of = {planned[0]: file for file, items in files.items() for planned in items}
         self._left = {file: len(items) for file, items in files.items()}
         self._writers: dict[str, ShardWriter] = {}
-        self._ahead = ReadAhead()
 
     def run(self, bar: Any, stop: Callable[[], bool]) -> None:
         """Do what is not done yet.
@@ -203,9 +207,12 @@ class _Work:
         Raises:
             Interrupted: ``stop`` said so; what is done is kept.
         """
-        tensors = list(self._job.checkpoint.tensors.values())
+        tensors = list(self._job.tensors.values())
+        available_bytes = Headroom().available_bytes()
+        most_bytes = min(self._job.bands_bytes, available_bytes // _AVAILABLE_SHARE)
+        coming = through(tensors, self._bands, most_bytes)
         try:
-            for number, tensor in enumerate(self._ahead.through(tensors, self._reads)):
+            for number, (tensor, bands) in enumerate(coming):
                 name = tensor.spec.name
                 if name not in self._state.done:
                     if stop():
@@ -213,7 +220,7 @@ class _Work:
                             f"stopped after {number} of {len(tensors)} tensors; what is done lies "
                             f"in {self._folder}: the same command goes on from there"
                         )
-                    self._write(name, tensor)
+                    self._write(name, tensor, bands)
                     self._state.add(name, self._written_bytes(name))
                 self._count_off(name)
                 if self._state.claim.is_due:
@@ -223,30 +230,50 @@ class _Work:
             self._keep()
             raise
 
-    def _reads(self, tensor: ShardTensor | EncodedTensor) -> list[ShardTensor | EncodedTensor]:
-        return [] if tensor.spec.name in self._state.done else [tensor]
+    def _bands(self, tensor: ShardTensor) -> list[ShardTensor]:
+        """Cut a tensor that is not done yet: a weight by its rows, anything else anywhere."""
+        if tensor.spec.name in self._state.done:
+            return []
+        return cut(tensor, by_rows=tensor.spec.name in self._job.targets.weights)
 
     def _written_bytes(self, name: str) -> int:
         writers = {key: self._writers.get(self._file_of[key]) for key in self._job.outputs[name]}
         return sum(one.header.specs[key].nbytes for key, one in writers.items() if one)
 
-    def _write(self, name: str, tensor: ShardTensor | EncodedTensor) -> None:
-        assert isinstance(tensor, ShardTensor)  # checked when the job was planned
-        dtype = self._job.targets.dtypes[name]
-        is_weight = name in self._job.targets.weights
-        if not is_weight and dtype == tensor.dtype:
-            tensor.shard.copy_to(tensor.spec, self._writer(name), name, tensor.digest)
-            return
-        tensor.shard.check_unchanged()
-        if is_weight:
-            made = self._job.scheme.quantize(name, load_in_dtype(tensor, dtype))
-            for key, value in made.items():
-                # A weight may end in another file than it begins in, and that be finished.
-                if self._file_of[key] not in self._state.published:
-                    self._writer(key).write(key, tensor_bytes(value))
+    def _write(self, name: str, tensor: ShardTensor, bands: Iterator[Band]) -> None:
+        conversion = Conversion(tensor, self._job.targets.dtypes[name])
+        if name in self._job.targets.weights:
+            self._quantize(name, tensor, bands, conversion)
         else:
-            copy_in_dtype(tensor, dtype, self._writer(name), name)
-        tensor.shard.drop_tensor_behind(tensor.spec)
+            self._copy(name, tensor, bands, conversion)
+        conversion.end()
+
+    def _quantize(
+        self, name: str, tensor: ShardTensor, bands: Iterator[Band], conversion: Conversion
+    ) -> None:
+        scheme, dtype = self._job.scheme, self._job.targets.dtypes[name]
+        rows_key = self._job.outputs[name][0]
+        one = scheme.begin(name, tensor.shape, dtype)
+        for band in bands:
+            rows = one.add(conversion.convert(band.value()))
+            if self._is_wanted(rows_key):
+                self._writer(rows_key).write_part(rows_key, tensor_bytes(rows))
+        for key, value in scheme.end(name, tensor.shape, one).items():
+            if self._is_wanted(key):
+                self._writer(key).write(key, tensor_bytes(value))
+
+    def _is_wanted(self, key: str) -> bool:
+        # A weight may end in another file than it begins in, and that be finished.
+        return self._file_of[key] not in self._state.published
+
+    def _copy(
+        self, name: str, tensor: ShardTensor, bands: Iterator[Band], conversion: Conversion
+    ) -> None:
+        writer = self._writer(name)
+        for band in bands:
+            writer.write_part(name, tensor_bytes(conversion.convert(band.value())))
+        if tensor.spec.nbytes and self._job.targets.dtypes[name] == tensor.dtype:
+            tensor.checking().compare(writer.digests[name])
 
     def _writer(self, key: str) -> ShardWriter:
         file = self._file_of[key]

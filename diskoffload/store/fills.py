@@ -36,18 +36,25 @@ class Fill:
     Attributes:
         stored: where it comes from.
         buffer: where it goes.
-        mark: of the value's memory, once it is there; ``None`` where nothing can be marked.
+        mark: of the value's memory, once it is there; ``None`` where nothing is or can be marked.
         digest: of the value's bytes, once it is there; empty if none was needed.
     """
 
     def __init__(
-        self, stored: Streamable, pieces: Pieces, buffer: Memory, watch: WriteWatch | None
+        self,
+        stored: Streamable,
+        pieces: Pieces,
+        buffer: Memory,
+        watch: WriteWatch | None,
+        *,
+        stays: bool,
     ) -> None:
         self.stored = stored
         self.buffer = buffer
         self.mark: Mark | None = None
         self.digest = b""
         self._watch = watch
+        self._stays = stays
         self.is_abandoned = False
         self._pieces = pieces
         self._left = len(pieces.ranges)
@@ -102,7 +109,10 @@ class Fill:
 
     def _finish(self) -> None:
         pieces, buffer, nbytes = self._pieces, self.buffer, self.stored.nbytes
-        self._place, self.digest = pieces.finish(buffer, digests=self._watch is None)
+        digests = self._stays and self._watch is None
+        self._place, self.digest = pieces.finish(buffer, digests=digests, aligns=self._stays)
+        if not self._stays:
+            return
         if self._watch is not None and nbytes:
             self.mark = self._watch.mark(buffer, self._place, nbytes)
         if not self.digest and self.mark is None:
@@ -177,14 +187,20 @@ class Filling(LingeringThreads):
     def _has_work(self) -> bool:
         return bool(self._checks) or (bool(self._pieces) and self._reading < _READERS)
 
-    def begin(self, stored: Streamable, buffers: Buffers) -> Fill:
+    def begin(self, stored: Streamable, buffers: Buffers, *, stays: bool = True) -> Fill:
         """Begin to read a tensor into one of the buffers; read it, if no thread can be had.
+
+        Args:
+            stored: the tensor.
+            buffers: where to.
+            stays: whether its value stays with somebody who may edit it, and is aligned and
+                marked therefore; else it is looked at once.
 
         Raises:
             StorageError: the system has no memory for it.
         """
         pieces = pieces_of(stored)
-        fill = Fill(stored, pieces, buffers.take(pieces.room_bytes), buffers.watch)
+        fill = Fill(stored, pieces, buffers.take(pieces.room_bytes), buffers.watch, stays=stays)
         self._check_process()
         with self._changed:
             self._pieces.extend((fill, start, stop) for start, stop in pieces.ranges)

@@ -8,7 +8,6 @@ from typing import Protocol
 
 import xxhash
 
-from diskoffload.store.digests import Checking
 from diskoffload.store.encoded import EncodedTensor
 from diskoffload.store.header import ALIGNMENT_BYTES
 from diskoffload.store.shard import buffer_bytes
@@ -56,10 +55,11 @@ class Pieces(Protocol):
     def read(self, start: int, stop: int, buffer: Memory, hand: Hand) -> None:
         """Bring one piece to its place in the buffer."""
 
-    def finish(self, buffer: Memory, *, digests: bool) -> tuple[int, bytes]:
+    def finish(self, buffer: Memory, *, digests: bool, aligns: bool) -> tuple[int, bytes]:
         """Check all of it; give where in the buffer the value lies, and its digest.
 
-        Without ``digests`` none is made, and empty given, where none is compared either.
+        Without ``digests`` none is made, and empty given, where none is compared either. Without
+        ``aligns`` the value lies at any address that its dtype can have.
         """
 
 
@@ -80,18 +80,17 @@ class PlainPieces:
         """Read straight into the buffer."""
         self._stored.shard.read_past_cache(self._stored.spec, start, stop, buffer)
 
-    def finish(self, buffer: Memory, *, digests: bool) -> tuple[int, bytes]:
+    def finish(self, buffer: Memory, *, digests: bool, aligns: bool) -> tuple[int, bytes]:
         """Align the value, whatever its file does; compare it with its checksum."""
         stored, spec = self._stored, self._stored.spec
         begin = spec.offset % BLOCK_BYTES
-        place = begin - begin % ALIGNMENT_BYTES
+        place = begin - begin % (ALIGNMENT_BYTES if aligns else spec.dtype.itemsize)
         if begin != place:  # sums of misaligned tensors may differ in their last bits
             buffer.move(begin, place, spec.nbytes)
         if not digests and stored.digest is None:
             return place, b""
         digest = xxhash.xxh3_128_digest(buffer.view(place, spec.nbytes))
-        check = Checking(str(stored.shard.path), spec.name, spec.offset, stored.digest)
-        check.compare(digest.hex())
+        stored.checking().compare(digest.hex())
         return place, digest
 
 
@@ -125,7 +124,7 @@ class PackedPieces:
                 number, packed[at : at + chunk.packed_bytes], target, hand.workspace
             )
 
-    def finish(self, buffer: Memory, *, digests: bool) -> tuple[int, bytes]:
+    def finish(self, buffer: Memory, *, digests: bool, aligns: bool) -> tuple[int, bytes]:
         """Digest the value, if that is to tell later whether it was edited."""
         return 0, xxhash.xxh3_128_digest(buffer.view(0, self._stored.nbytes)) if digests else b""
 

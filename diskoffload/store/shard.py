@@ -391,6 +391,17 @@ class Shard:
         finally:
             self._files.close(fd)
 
+    def is_cached(self, spec: StoredSpec) -> bool:
+        """Whether a tensor's bytes are in the page cache, by all signs: some of them are asked for.
+
+        Raises :class:`StorageError` where the file cannot be opened any more, and
+        :class:`DamagedFileError` if it was changed.
+        """
+        last = spec.offset + spec.nbytes - 1
+        places = {spec.offset, (spec.offset + last) // 2, last}
+        with self._opened() as fd:
+            return all(self._files.is_cached(fd, place) for place in sorted(places))
+
     def _tell_of_no_direct_reads(self) -> None:
         key = (str(self.path.parent), -1)
         if key not in _told:

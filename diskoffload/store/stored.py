@@ -91,6 +91,26 @@ class ShardTensor:
         """Read the same range through another shard object."""
         return ShardTensor(twins(self.shard), self.spec, self.digest)
 
+    def bands(self, rows: int) -> list[ShardTensor]:
+        """Cut it into tensors of so many rows of its first dimension, the last of what is left.
+
+        None of them has a checksum, for that is of all of it.
+        """
+        spec = self.spec
+        row_bytes = prod(spec.shape[1:]) * spec.dtype.itemsize
+        made = []
+        for start in range(0, spec.shape[0], rows):
+            shape = (min(rows, spec.shape[0] - start), *spec.shape[1:])
+            nbytes, offset = shape[0] * row_bytes, spec.offset + start * row_bytes
+            band = spec._replace(shape=shape, offset=offset, nbytes=nbytes)
+            made.append(ShardTensor(self.shard, band))
+        return made
+
+    def flat(self) -> ShardTensor:
+        """Take it as a tensor of one dimension, which has the same elements in their order."""
+        flat = self.spec._replace(shape=(prod(self.shape),))
+        return ShardTensor(self.shard, flat, self.digest)
+
     def mapped(self) -> torch.Tensor | None:
         """Alias the file, unless the tensor lies at an address its dtype cannot have."""
         self.shard.check_first_read(self.spec, self.digest)
@@ -102,10 +122,14 @@ class ShardTensor:
         """Read the bytes into fresh memory."""
         tensor = empty(self.dtype, self.shape)
         self.shard.read_into(self.spec, tensor_bytes(tensor))
-        check = Checking(str(self.shard.path), self.spec.name, self.spec.offset, self.digest)
+        check = self.checking()
         check.add(tensor_bytes(tensor))
         check.finish()
         return tensor
+
+    def checking(self) -> Checking:
+        """Begin to compare its bytes with its checksum, if it has one."""
+        return Checking(str(self.shard.path), self.spec.name, self.spec.offset, self.digest)
 
     def read_value(self, target: memoryview, start: int) -> None:
         """Read the value's bytes from ``start`` on; they are not compared with a checksum.

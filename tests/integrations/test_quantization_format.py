@@ -22,7 +22,7 @@ from models import skip_where_quantized_mixtures_do_not_load
 from safetensors.torch import load_file, save_file
 
 from diskoffload.errors import InvalidInputError
-from diskoffload.integrations import quantization
+from diskoffload.integrations import quantization_arithmetic
 from diskoffload.integrations.quantization import SCHEMES, Scheme, already_quantized, scheme_named
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -242,7 +242,7 @@ def test_blocks_of_any_size_give_the_same_bits(
 ) -> None:
     scheme, weight = scheme_named(name), hard_matrix(torch.bfloat16)
     whole = scheme.quantize("0.weight", weight)
-    monkeypatch.setattr(quantization, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(quantization_arithmetic, "_BLOCK_ELEMENTS", block)
     assert_same_bits(scheme.quantize("0.weight", weight), whole)
 
 
