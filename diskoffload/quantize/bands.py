@@ -9,16 +9,17 @@ from math import prod
 import torch
 
 from diskoffload.integrations.quantization import Scheme
+from diskoffload.store.buffers import buffer_size_bytes
 from diskoffload.store.pieces import pieces_of
 from diskoffload.store.stored import ShardTensor
 
 # So much of a tensor is read, and worked on, at a time. Smaller bands give a disk too little at
 # once, and of larger ones fewer are on their way in the same memory (measured: 8 to 32 MiB are as
 # fast). Not more elements, for they may be converted to a wider dtype.
-_BAND_BYTES = 16 << 20
-_BAND_ELEMENTS = 8 << 20
+_BAND_BYTES = 8 << 20
+_BAND_ELEMENTS = 4 << 20
 # What all bands in memory may take: the one that is worked on, and those read meanwhile.
-_MOST_BYTES = 96 << 20
+_MOST_BYTES = 48 << 20
 # What quantizing one band takes beside it (see WeightQuantizer), and what waits to be written.
 _SCRATCH_BYTES = 56 << 20
 
@@ -69,7 +70,7 @@ def memory_needed(
         first = next(iter(cut(tensor, by_rows=is_weight)), None)
         if first is None:
             continue
-        band_bytes = max(band_bytes, pieces_of(first).room_bytes)
+        band_bytes = max(band_bytes, buffer_size_bytes(pieces_of(first).room_bytes))
         beside = 0 if dtype == tensor.dtype else prod(first.shape) * dtype.itemsize
         if is_weight:  # all but the first stay until the last band was written
             _, *others = scheme.outputs(tensor.spec.name, tensor.shape, dtype).values()

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from diskoffload.store.buffers import Buffers
+from diskoffload.store.buffers import Buffers, buffer_size_bytes
 from diskoffload.store.fills import Fill, Filling
 from diskoffload.store.pieces import pieces_of
 from diskoffload.store.stored import ShardTensor
@@ -54,6 +54,26 @@ class _InCache:
         """Give it; its bytes are there, or read as they are touched."""
         mapped = self._stored.mapped()
         return self._stored.load() if mapped is None else mapped
+
+    def end(self) -> None:
+        """Give nothing back."""
+
+
+class _PastCache:
+    """A band in a buffer of its own."""
+
+    def __init__(self, fill: Fill) -> None:
+        self._fill: Fill | None = fill
+
+    def value(self) -> torch.Tensor:
+        """Wait for it, and give it."""
+        assert self._fill is not None  # the next was asked for
+        return self._fill.value()
+
+    def end(self) -> Fill | None:
+        """Give what it was read into; whoever has this band keeps no memory with it."""
+        fill, self._fill = self._fill, None
+        return fill
 
 
 def through(
@@ -96,8 +116,8 @@ class _Reader:
         self._coming = iter(coming)
         self._most_bytes = most_bytes
         self._filling, self._buffers = Filling(), Buffers()
-        self._next: ShardTensor | None = None
-        self._begun: deque[_InCache | Fill] = deque()
+        self._next: tuple[ShardTensor, int] | None = None
+        self._begun: deque[_InCache | _PastCache] = deque()
         self._used_bytes = 0
 
     def take(self, count: int) -> Iterator[Band]:
@@ -106,37 +126,46 @@ class _Reader:
             self._begin_more()
             band = self._begun.popleft()
             yield band
-            if isinstance(band, Fill):
-                self._used_bytes -= band.nbytes
-                self._buffers.give(band.buffer)
+            fill = band.end()
+            if fill is not None:
+                self._used_bytes -= fill.nbytes
+                self._buffers.give(fill.buffer)
+            del fill  # the next may need its memory
 
     def _begin_more(self) -> None:
         while len(self._begun) < _MOST_AHEAD:
             if self._next is None:
-                self._next = next(self._coming, None)
-            if self._next is None or not self._begin(self._next):
+                stored = next(self._coming, None)
+                if stored is None:
+                    return
+                self._next = stored, _buffer_bytes(stored)
+            if not self._begin(*self._next):
                 return
             self._next = None
 
-    def _begin(self, stored: ShardTensor) -> bool:
+    def _begin(self, stored: ShardTensor, buffer_bytes: int) -> bool:
         """Begin to read a band; tell whether there was room for it."""
-        is_small = stored.nbytes < _LEAST_BYTES
-        if is_small or stored.shard.is_cached(stored.spec):
-            if is_small:
-                stored.shard.prefetch(stored.spec, 0, stored.nbytes)
+        if not buffer_bytes:
+            stored.shard.prefetch(stored.spec, 0, stored.nbytes)
             self._begun.append(_InCache(stored))
             return True
-        room_bytes = pieces_of(stored).room_bytes
-        left_bytes = self._most_bytes - self._used_bytes - room_bytes
+        left_bytes = self._most_bytes - self._used_bytes - buffer_bytes
         if self._used_bytes and left_bytes < 0:
             return False
-        self._buffers.shrink(max(0, left_bytes), spare_bytes=room_bytes)
+        self._buffers.shrink(max(0, left_bytes), spare_bytes=buffer_bytes)
         fill = self._filling.begin(stored, self._buffers, stays=False)
         self._used_bytes += fill.nbytes
-        self._begun.append(fill)
+        self._begun.append(_PastCache(fill))
         return True
 
     def end(self) -> None:
         """Read no more."""
         self._filling.is_over = True
         self._begun.clear()
+
+
+def _buffer_bytes(stored: ShardTensor) -> int:
+    """Tell how large a buffer a band needs: none if it is small, or is in the page cache."""
+    if stored.nbytes < _LEAST_BYTES or stored.shard.is_cached(stored.spec):
+        return 0
+    return buffer_size_bytes(pieces_of(stored).room_bytes)

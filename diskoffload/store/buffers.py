@@ -42,7 +42,7 @@ class Buffers:
         Raises:
             StorageError: the system has no memory.
         """
-        size_bytes = _rounded(nbytes)
+        size_bytes = buffer_size_bytes(nbytes)
         memory = None
         with self._lock:
             same = self._free.get(size_bytes)
@@ -73,7 +73,7 @@ class Buffers:
             spare_bytes: a buffer for a tensor of so many bytes may wait beside it: the next use.
         """
         with self._lock:
-            spare = self._free.get(_rounded(spare_bytes)) if spare_bytes else None
+            spare = self._free.get(buffer_size_bytes(spare_bytes)) if spare_bytes else None
             if spare:
                 most_bytes += spare[0].nbytes
             for size_bytes in sorted(self._free, reverse=True):
@@ -83,6 +83,7 @@ class Buffers:
                     self._free_bytes -= size_bytes
 
 
-def _rounded(nbytes: int) -> int:
+def buffer_size_bytes(nbytes: int) -> int:
+    """Tell how large a buffer for a tensor of so many bytes is."""
     grain = max(_LEAST_GRAIN_BYTES, 1 << max(0, nbytes.bit_length() - _GRAIN.bit_length()))
     return -(-nbytes // grain) * grain

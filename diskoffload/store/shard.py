@@ -19,7 +19,7 @@ from diskoffload.store.digests import Checking
 from diskoffload.store.header import LENGTH_BYTES, Header, StoredSpec, header_length, parse_header
 from diskoffload.store.shard_writer import ShardWriter
 from diskoffload.system.files import BLOCK_BYTES, Files, Identity
-from diskoffload.system.memory import Memory, discard_written, populate
+from diskoffload.system.memory import Memory, discard_written, is_resident, populate
 
 _STEP_BYTES = 4 << 20
 # Addresses may be had again later; a file system without mmap stays one.
@@ -392,15 +392,19 @@ class Shard:
             self._files.close(fd)
 
     def is_cached(self, spec: StoredSpec) -> bool:
-        """Whether a tensor's bytes are in the page cache, by all signs: some of them are asked for.
+        """Whether a tensor's bytes are in the page cache, by all signs: of some pages it is asked.
 
-        Raises :class:`StorageError` where the file cannot be opened any more, and
-        :class:`DamagedFileError` if it was changed.
+        ``False`` where that is not told. Raises as :attr:`memory` does.
         """
-        last = spec.offset + spec.nbytes - 1
-        places = {spec.offset, (spec.offset + last) // 2, last}
+        memory = self.memory
+        if memory is None or not spec.nbytes:
+            return False
         with self._opened() as fd:
-            return all(self._files.is_cached(fd, place) for place in sorted(places))
+            if not self._files.tells_what_is_cached(fd, self.path):
+                return False
+        last = spec.offset + spec.nbytes - 1
+        places = (spec.offset, (spec.offset + last) // 2, last)
+        return all(is_resident(memory.address + place) for place in places)
 
     def _tell_of_no_direct_reads(self) -> None:
         key = (str(self.path.parent), -1)

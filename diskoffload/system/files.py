@@ -292,15 +292,14 @@ class Files:
                 step_bytes = min(_FETCH_STEP_BYTES, offset + nbytes - start)
                 advise(fd, start, step_bytes, os.POSIX_FADV_WILLNEED)
 
-    def is_cached(self, fd: int, offset: int) -> bool:
-        """Whether a byte of a file is in the page cache; ``False`` where that cannot be told."""
-        at_once = of_linux(os, "RWF_NOWAIT")
-        if at_once is None:
-            return False
-        try:
-            return os.preadv(fd, [bytearray(1)], offset, at_once) == 1
-        except OSError:  # it would have to be read, or the file system cannot tell
-            return False
+    def tells_what_is_cached(self, fd: int, path: Path) -> bool:
+        """Whether this process is told which pages of a file are in the page cache.
+
+        The kernel answers to who owns the file or may do anything, and says yes to all others
+        whatever is the case (``can_do_mincore`` in mm/mincore.c).
+        """
+        with naming_faults("look at the file", path):
+            return os.geteuid() in (0, os.fstat(fd).st_uid)
 
     def drop_from_cache(self, fd: int, offset: int, nbytes: int) -> None:
         """Tell the kernel that these bytes of a file are of no more use; a hint, no promise."""

@@ -65,6 +65,7 @@ _libc.mmap.argtypes = [
     ctypes.c_int64,
 ]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 # ctypes' own way to a view needs a type for each length.
 _view_at = ctypes.pythonapi.PyMemoryView_FromMemory
@@ -355,6 +356,18 @@ def _written_runs(first: int, last: int) -> Iterator[tuple[int, int]]:
                 yield (begin + start) * PAGE_BYTES, (begin + stop) * PAGE_BYTES
     finally:
         os.close(fd)
+
+
+def is_resident(address: int) -> bool:
+    """Whether the page of an address is in memory, mapped by this process or not (``mincore(2)``).
+
+    ``False`` where that is not told. Of a file that is not one's own the kernel always says so.
+    """
+    told = ctypes.c_ubyte()
+    page = address // PAGE_BYTES * PAGE_BYTES
+    return (
+        IS_LINUX and not _libc.mincore(page, PAGE_BYTES, ctypes.byref(told)) and told.value & 1 == 1
+    )
 
 
 def populate(memory: Memory, offset: int, nbytes: int) -> bool:

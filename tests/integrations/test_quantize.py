@@ -175,7 +175,7 @@ def test_bad_requests_are_one_clear_line(
             "--scheme",
             "FP8",
         ],
-        "for its largest weight": [
+        "at least and max_memory is": [
             source,
             str(tmp_path / "a"),
             "--scheme",
