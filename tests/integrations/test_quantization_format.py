@@ -246,6 +246,26 @@ def test_blocks_of_any_size_give_the_same_bits(
     assert_same_bits(scheme.quantize("0.weight", weight), whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", SCHEMES)
+def test_bands_of_any_rows_give_the_same_bits(
+    name: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    scheme, weight = scheme_named(name), hard_matrix(dtype)
+    weight[2, 3], weight[-1, 0] = -torch.inf, torch.inf  # the bits of a NaN are not told anywhere
+    whole = scheme.quantize("0.weight", weight)
+    told = [record.getMessage() for record in caplog.records]
+    for rows in (1, 2, 5, len(weight)):
+        caplog.clear()
+        one = scheme.begin("0.weight", weight.shape, dtype)
+        parts = [one.add(weight[top : top + rows]).clone() for top in range(0, len(weight), rows)]
+        main = next(iter(whole))
+        got = {main: torch.cat(parts), **scheme.end("0.weight", weight.shape, one)}
+        assert list(got) == list(whole)
+        assert_same_bits(got, whole)
+        assert [record.getMessage() for record in caplog.records] == told
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_strides_and_threads_do_not_matter(name: str) -> None:
     scheme, weight = scheme_named(name), hard_matrix(torch.float32)
