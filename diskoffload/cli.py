@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_quantize(commands: Any) -> None:
     quantize = commands.add_parser(
         "quantize",
-        help="quantize a checkpoint, one weight in memory at a time",
+        help="quantize a checkpoint, some MiB of a weight in memory at a time",
         description=(
             "Quantize a checkpoint, data-free and round-to-nearest, straight from its files. "
             "The result loads in transformers and vLLM (format: compressed-tensors). Stopped "
@@ -98,7 +98,7 @@ def _add_quantize(commands: Any) -> None:
         help="do as if the checkpoint were stored in that dtype (default: as it is stored)",
     )
     quantize.add_argument(
-        "--max-memory", metavar="SIZE", help="refuse to start if one weight needs more than that"
+        "--max-memory", metavar="SIZE", help="memory to take at most; refused if it is too little"
     )
     quantize.add_argument(
         "--max-shard-size",

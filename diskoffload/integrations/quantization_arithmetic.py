@@ -31,8 +31,8 @@ _TO_WHOLE = {
     torch.float16: (1024 + 98, 0x6400 + 98),
 }
 
-# Scales are computed for so many blocks at once: it is a dozen calls of torch for few numbers. Each
-# block is read twice, so the others must not push it out of the page cache, whatever the weight.
+# Of a weight that is in memory scales are computed for so many blocks at once: it is a dozen calls
+# of torch for few numbers.
 _BLOCKS_TOGETHER = 8
 
 Calculate = Callable[[torch.Tensor, torch.Tensor, Any], tuple[torch.Tensor, Any]]

@@ -87,7 +87,8 @@ def quantize_checkpoint(
             very same job nothing is left to do.
         scheme: ``"W8A16"``, ``"W4A16"`` or ``"FP8"``.
         ignore: modules that stay as they are: names, or patterns after ``"re:"``.
-        max_memory: bytes that may be taken, or as ``"1GiB"``; checked before the start.
+        max_memory: bytes that may be taken beside the interpreter's, or as ``"1GiB"``; less is read
+            ahead if it is little, and too little is refused before the start.
         max_shard_size: largest file of the result.
         dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``: do as if the checkpoint were
             stored as ``from_pretrained(dtype=...)`` loads it. Weights are converted before
@@ -107,7 +108,7 @@ def quantize_checkpoint(
             says what differs.
         FolderInUseError: another process is writing that result.
         DamagedFileError: what is noted in ``OUT.partial`` is damaged.
-        BudgetError: one weight does not fit ``max_memory``.
+        BudgetError: ``max_memory`` is less than what is needed at least.
         NoSpaceError: the disk has too little room; found before anything is written, unless
             something else fills it later.
         Interrupted: ``stop`` said so.

@@ -252,7 +252,7 @@ def test_bands_of_any_rows_give_the_same_bits(
     name: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
 ) -> None:
     scheme, weight = scheme_named(name), hard_matrix(dtype)
-    weight[2, 3], weight[-1, 0] = -torch.inf, torch.inf  # the bits of a NaN are not told anywhere
+    weight[2, 3], weight[-1, 0] = -torch.inf, torch.inf  # of NaNs there are many
     whole = scheme.quantize("0.weight", weight)
     told = [record.getMessage() for record in caplog.records]
     for rows in (1, 2, 5, len(weight)):
