@@ -72,6 +72,7 @@ class WeightQuantizer:
             arguments: for it.
         """
         rows, self._columns = shape
+        assert shape[1] * bits % 32 == 0  # no scheme has groups that end within a word
         self._group = group_size or self._columns
         self._unit = group_size or 1
         self._bits = bits
@@ -81,7 +82,7 @@ class WeightQuantizer:
         self._done = 0
         block_rows, block_columns = self._block_shape()
         self._scratch = _Scratch(min(rows, block_rows) * block_columns, dtype, device, bits)
-        self._own = torch.empty(0, dtype=torch.int32, device=device)
+        self._own = torch.empty(0, dtype=torch.uint8, device=device)
 
     @property
     def rows_together(self) -> int:
@@ -103,11 +104,8 @@ class WeightQuantizer:
         if out is None:
             out = self._rows_of_our_own(len(band))
         target = out
-        if self._bits:
-            # As bytes, lowest first, a row of words is the row of packed integers. What a
-            # row's last word has too many is zero in compressed-tensors.
+        if self._bits:  # as bytes, lowest first, a row of words is the row of packed integers
             target = out.view(torch.int8)
-            target[:, -(-self._columns * self._bits // 8) :] = 0
         scales = self.scales[self._done : self._done + len(band)]
         self._done += len(band)
         largest = torch.zeros_like(scales)
@@ -125,14 +123,11 @@ class WeightQuantizer:
         return out
 
     def _rows_of_our_own(self, rows: int) -> torch.Tensor:
-        words = -(-self._columns * (self._bits or 8) // 32)
-        if len(self._own) < rows * words:
-            self._own = self._own.new_empty(rows * words)
-        own = self._own[: rows * words]
-        if self._bits:
-            return own.view(rows, words)
-        whole = own.view(torch.float8_e4m3fn)[: rows * self._columns]
-        return whole.view(rows, self._columns)
+        nbytes = rows * self._columns * (self._bits or 8) // 8
+        if len(self._own) < nbytes:
+            self._own = self._own.new_empty(nbytes)
+        dtype = torch.int32 if self._bits else torch.float8_e4m3fn
+        return self._own[:nbytes].view(dtype).view(rows, -1)
 
     def _blocks(self, band: torch.Tensor) -> Iterator[tuple[slice, int, torch.Tensor, slice]]:
         """Cut a band: rows, first column, (rows, groups, columns of a group), groups."""

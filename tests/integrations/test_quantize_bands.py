@@ -9,12 +9,14 @@ import pytest
 import torch
 from models import digests, save_model
 
-from diskoffload.errors import BudgetError
+import diskoffload
+from diskoffload.errors import BudgetError, DamagedFileError
 from diskoffload.integrations.quantization import SCHEMES
 from diskoffload.quantize import bands as quantize_bands
 from diskoffload.quantize import plan_quantization, quantize_checkpoint
 from diskoffload.store import bands
 from diskoffload.store.shard import Shard
+from diskoffload.system.files import Files
 
 pytest.importorskip("compressed_tensors")
 
@@ -54,6 +56,21 @@ def test_less_memory_is_taken_where_less_is_allowed(source: Path, tmp_path: Path
     assert less.memory_bytes == most - (1 << 20)
     with pytest.raises(BudgetError, match="at least"):
         plan_quantization(source, tmp_path / "x", "W4A16", max_memory="8MiB")
+
+
+def test_a_copied_tensor_is_compared_with_its_checksum(source: Path, tmp_path: Path) -> None:
+    model = diskoffload.open_checkpoint(source)
+    diskoffload.save_checkpoint(model, tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.safetensors")
+    spec = Shard(file, Files()).header.specs["model.embed_tokens.weight"]
+    raw = bytearray(file.read_bytes())
+    raw[spec.offset + 1000] ^= 4
+    file.write_bytes(raw)
+    with pytest.raises(
+        DamagedFileError, match=r"embed_tokens\.weight.*not those that were written"
+    ):
+        quantize_checkpoint(tmp_path / "saved", tmp_path / "out", "W4A16")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_a_large_weight_takes_grows_with_its_scales_only(

@@ -68,7 +68,10 @@ def leave_cache(path: Path) -> None:
 def gathered(tensors: list[ShardTensor], most_bytes: int = 4 * MIB) -> dict[str, torch.Tensor]:
     found = {}
     for tensor, parts in through(tensors, cut, most_bytes):
-        rows = [band.value().clone() for band in parts]
+        rows = []
+        for band in parts:
+            assert band.value().data_ptr() % tensor.dtype.itemsize == 0
+            rows.append(band.value().clone())
         found[tensor.spec.name] = torch.cat(rows) if rows else torch.empty(tensor.shape)
     return found
 
@@ -114,10 +117,9 @@ def test_every_band_comes_in_its_order(disk_path: Path, files: Files, pad: int) 
 def test_few_buffers_are_used_again(disk_path: Path, made: dict[str, int]) -> None:
     tensors = opened(disk_path, Untold())
     count = sum(len(cut(one)) for one in tensors)
-    assert count >= 12
     assert_same(gathered(tensors, most_bytes=4 * MIB))
     assert made["most_bytes"] <= 4 * MIB
-    assert made["buffers"] < count
+    assert made["buffers"] <= 8 < count  # of three sizes
 
 
 def test_one_that_is_larger_than_all_may_take_comes_alone(
@@ -135,7 +137,7 @@ def test_the_next_are_on_their_way_meanwhile(disk_path: Path, made: dict[str, in
     coming.close()
 
 
-@linux_only
+@linux_only("direct reads")
 def test_what_is_not_cached_leaves_nothing_there(disk_path: Path) -> None:
     tensors = opened(disk_path)
     path = disk_path / "x.safetensors"
@@ -152,7 +154,7 @@ def _pages(tensor: ShardTensor) -> range:
     return range(spec.offset // 4096, (spec.offset + max(0, spec.nbytes - 1)) // 4096 + 1)
 
 
-@linux_only
+@linux_only("asking what is in the page cache")
 def test_what_is_cached_is_looked_at_there_and_stays(disk_path: Path, made: dict[str, int]) -> None:
     tensors = opened(disk_path)
     assert all(cached_pages(disk_path / "x.safetensors"))
@@ -191,7 +193,7 @@ def test_a_file_that_was_changed_is_named(disk_path: Path) -> None:
         assert [band.value().sum() for band in parts]
 
 
-@linux_only
+@linux_only("asking what is in the page cache")
 def test_the_kernel_tells_the_owner_only(disk_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tensor, *_) = opened(disk_path)
     assert tensor.shard.is_cached(tensor.spec)
