@@ -37,7 +37,8 @@ Mode = Literal["auto", "mapped", "streamed"]
 # Smaller tensors are mapped in any mode: a page or some of the cache, and no read of their own.
 _LEAST_BYTES = 256 << 10
 # What is read ahead, at most: a share of the budget, for that much less stays. Where others must
-# leave for it no more than keeps a device busy while one entry is computed with.
+# leave for it no more than keeps a device busy while one entry is computed with, which counts too
+# if it came so.
 _AHEAD_SHARE = 4
 _MOST_AHEAD_BYTES = 512 << 20
 _IN_PLACE_BYTES = 36 << 20
@@ -99,6 +100,7 @@ class Streaming:
         self._leaving: deque[weakref.ref[Held]] = deque()
         self._departures = Departures(foresight)
         self._awaited: Fill | None = None
+        self._passing_bytes = 0  # of what was read last, if it came in for that: it soon leaves
         self._rest_reads = 0
         self._enough_fills = _NO_BOUND
         self._depth = Depth()
@@ -149,6 +151,7 @@ class Streaming:
     def note_read(self, held: Held) -> None:
         """Note that an entry was asked for, and hide from readers what was shown before it."""
         self._was_expected = self._foresight.read(held)
+        self._passing_bytes = 0
         self._departures.note_read()
         self._rest_reads -= 1
         key = weakref.ref(held)
@@ -183,6 +186,7 @@ class Streaming:
         else:
             self._depth.note_taken()
         self._awaited = fill
+        self._passing_bytes = fill.nbytes
         try:
             while not fill.has_ended:
                 meanwhile()
@@ -260,6 +264,15 @@ class Streaming:
                 # Nothing changes before one of them is taken.
                 self._rest_reads = looked_at if ahead_bytes else _REST_READS
                 self._rest_until_taken(ahead)
+                return
+            if (
+                in_place
+                and 0 < ahead <= _FEW_FILLS
+                and ahead_bytes + self._passing_bytes + nbytes > most_bytes
+            ):
+                # The device is busy, and in a moment there is the place of what is used now: in
+                # that of another, which could stay, one more would be read in each pass.
+                self._rest_reads = 0
                 return
             while used_bytes + nbytes > budget_bytes:
                 freed_bytes = self._freed_bytes(leaving)

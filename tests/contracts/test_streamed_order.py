@@ -80,6 +80,29 @@ def test_what_is_used_no_more_leaves_also_if_it_was_only_read_ahead(reads: Reads
     assert reads.read(few) == (0, 0)
 
 
+@pytest.mark.parametrize("layers", [14, 24])
+def test_no_more_than_one_beside_the_one_in_use_takes_the_place_of_what_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: int
+) -> None:
+    weight_bytes = WIDTH * WIDTH * 4
+    # As 36 MiB are to weights of 16.
+    monkeypatch.setattr(streaming_module, "_IN_PLACE_BYTES", weight_bytes * 9 // 4)
+    reads = Reads(tmp_path, monkeypatch)
+    for _ in range(3):
+        reads.read(range(layers))
+    passes = 8
+    read = sum(reads.read(range(layers))[1] for _ in range(passes))
+    kept = BUDGET_BYTES // (weight_bytes + 4096)  # a buffer has room for a tensor anywhere
+    assert layers - kept <= read / passes <= layers - kept + 2
+    # While one is used that stays, two are.
+    on_their_way = [
+        len(reads.residency._streaming._fills)
+        for number in [*range(layers)] * 2
+        if reads.read([number])[0] == 0
+    ]
+    assert max(on_their_way) == 2
+
+
 def test_a_new_order_is_read_ahead_as_the_old_one_was(reads: Reads) -> None:
     for _ in range(2):
         reads.read(range(LAYERS))
